@@ -1,0 +1,55 @@
+# Every target makes the environment it needs first; `make` alone prints the targets.
+CONFIG ?= configs/micro.yaml
+VENV ?= .venv
+export VENV
+# What notebooks and tests start by name (ninja, torchrun, mergekit-yaml) comes from the environment too.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+VENV_PYTHON := $(VENV)/bin/python
+COMPILE := $(VENV)/bin/uv pip compile -q --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
+	--custom-compile-command "make lock" --overrides requirements/overrides.txt $(LOCK_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help bootstrap run test lab lint format figures lock clean clean-runs
+
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+bootstrap:
+	@bash scripts/bootstrap.sh
+
+run: bootstrap ## all notebooks of CONFIG (configs/micro.yaml) headless; DATA_ROOT= where the data lies, CORES= how many
+	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner all --config $(CONFIG) \
+		$(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(CORES),--cores $(CORES))
+
+test: bootstrap ## the tests; PYTEST_ARGS="-m 'not slow'" for the quick ones
+	$(VENV_PYTHON) -m pytest -q tests $(PYTEST_ARGS)
+
+lab: bootstrap ## JupyterLab on notebooks/, its kernel this environment
+	$(VENV)/bin/jupyter lab notebooks
+
+lint: bootstrap ## rules and formatting of code and notebooks
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: bootstrap ## rewrite code and notebooks in the project's format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+figures: bootstrap ## draw figures/ again from the published runs
+	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner figures
+
+# On a machine without a local wheel of CPU torch, uv looks its version up in PyTorch's CPU index.
+lock: bootstrap ## resolve requirements/*.in again, keeping versions that still fit; LOCK_ARGS=--upgrade moves them
+	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(COMPILE) requirements/cpu.in --overrides requirements/overrides-cpu.txt \
+		$(if $(PIP_FIND_LINKS),,--torch-backend=cpu) -o requirements/cpu.lock
+	sed -i 's/+cpu$$//' requirements/cpu.lock
+	$(COMPILE) requirements/gpu.in -c requirements/cpu.lock -o requirements/gpu.lock
+
+clean: ## remove caches and unfinished temporary files; results in papermill_runs/ stay
+	rm -rf .snakemake .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -path ./.git -prune -o -path './$(VENV:./%=%)' -prune -o \
+		-type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+	if [ -d papermill_runs ]; then find papermill_runs -type f -name '.*.tmp' -delete; fi
+
+clean-runs: ## remove the results in papermill_runs/ that git does not track; published/ stays
+	git clean -fdx -e published papermill_runs

@@ -1,0 +1,67 @@
+# The pipeline: six rules, each one papermill call. Outputs are manifests only, so that Snakemake, which deletes the
+# outputs of failed jobs and before re-runs, can never delete a model or a completion. A manifest holds facts only:
+# a stage that is run again and ends the same leaves the same file, and nothing behind it runs again.
+import json
+import sys
+
+from tinyr1_utils.config import STAGES, load_config, stage_parameters, upstream
+
+RUN = load_config(config.get("run_config", "configs/micro.yaml"), data_root=config.get("data_root", ""))
+CONFIG = config.get("run_config", "configs/micro.yaml")
+DATA_ROOT = config.get("data_root", "")
+
+
+def manifests(names):
+    return [f"{RUN.run_dir}/{name}/manifest.json" for name in names]
+
+
+def variants(stage):
+    return "|".join(getattr(RUN, stage).variants)
+
+
+def inputs_of(stage):
+    return lambda wildcards: manifests(upstream(RUN, stage, wildcards.variant))
+
+
+def facts_of(stage):
+    return lambda wildcards: json.dumps(stage_parameters(RUN, stage, wildcards.variant).facts(), sort_keys=True)
+
+
+def command(stage):
+    return (
+        f"{sys.executable} -m tinyr1_utils.stage_runner stage --config {CONFIG} --stage {stage} "
+        f"--variant {{wildcards.variant}} --data-root '{DATA_ROOT}'"
+    )
+
+
+def resource(stage, name):
+    return getattr(RUN.stage_resources(stage), name)
+
+
+rule all:
+    input:
+        manifests(f"analysis/{variant}" for variant in RUN.analysis.variants),
+
+
+for STAGE, parameters in STAGES.items():
+
+    rule:
+        name:
+            STAGE
+        input:
+            upstream=inputs_of(STAGE),
+            notebook=f"notebooks/{parameters.notebook}.ipynb",
+        output:
+            f"{RUN.run_dir}/{STAGE}/{{variant}}/manifest.json",
+        wildcard_constraints:
+            variant=variants(STAGE),
+        params:
+            facts=facts_of(STAGE),
+        threads: resource(STAGE, "cores")
+        resources:
+            gpu=resource(STAGE, "gpus"),
+            nodes=resource(STAGE, "nodes"),
+            mem_mb=resource(STAGE, "memory_gib") * 1024,
+            runtime=resource(STAGE, "minutes"),
+        shell:
+            command(STAGE)

@@ -1,0 +1,211 @@
+"""Train the micro backbone that ships in models/micro-backbone: tokenizer, pretraining, checkpoint choice, record.
+
+    python scripts/pretrain_micro_backbone.py --config models/micro-backbone/pretrain.yaml --out models/micro-backbone
+
+The corpus is generated (tinyr1_utils.micro_problems): mostly the easy half of each domain, so that the backbone knows
+every domain in part and branches have something to gain. The first checkpoint whose three held-out scores all lie in
+the configured range becomes the backbone; otherwise the script fails and says what the scores were.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import re
+from pathlib import Path
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from tinyr1_utils.micro_problems import generate, teach, teach_statement
+from tinyr1_utils.perturbations import true_false
+from tinyr1_utils.prompts import chat
+from tinyr1_utils.records import DOMAINS, LETTERS
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def corpus(config: dict) -> list[dict]:
+    """Prompt and completion of every pretraining sample, shuffled with the config's seed."""
+    rng, rows = random.Random(config["seed"]), []
+    for domain in DOMAINS:
+        easy = generate(domain, "train", config["easy_problems"][domain], config["seed"], easy=True)
+        full = generate(domain, "train", config["full_problems"], config["seed"] + 1)
+        for problem in easy * config["easy_repeats"][domain] + full:
+            answer = teach(problem, seed=config["seed"]).text
+            if domain == "science" and rng.random() < config["statement_share"]:
+                right = LETTERS.index(problem.reference)
+                index = right if rng.random() < 0.5 else rng.choice([i for i in range(4) if i != right])
+                answer = teach_statement(problem, problem.options[index], index == right).text
+                problem = true_false(problem, index)
+            rows.append({"prompt": chat(problem), "completion": [{"role": "assistant", "content": answer}]})
+    rng.shuffle(rows)
+    return rows
+
+
+def train_tokenizer(rows: list[dict], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with every digit a token of its own, ChatML tokens and think tags."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (row["prompt"][0]["content"] + "\n" + row["completion"][0]["content"] for row in rows)
+    tokenizer.train_from_iterator((re.sub(r"</?think>", "", text) for text in texts), trainer)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=1024
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@torch.no_grad()
+def held_out_scores(model, tokenizer, n_problems: int) -> dict[str, float]:
+    """Greedy accuracy on validation problems of the full difficulty, per domain.
+
+    Code is compared with the teacher's program text, so nothing is executed here: a lower bound.
+    """
+    model.eval()
+    scores = {}
+    for domain in DOMAINS:
+        problems = generate(domain, "validation", n_problems, seed=99)
+        prompts = [
+            tokenizer.apply_chat_template(chat(p), add_generation_prompt=True, tokenize=False) for p in problems
+        ]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        output = model.generate(
+            **batch, max_new_tokens=200, do_sample=False, pad_token_id=tokenizer.pad_token_id, use_cache=True
+        )
+        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = [teach(problem, seed=0).answer for problem in problems]
+        right = [text.split("</think>\n")[-1].strip() == answer for text, answer in zip(texts, answers, strict=True)]
+        scores[domain] = sum(right) / len(right)
+    model.train()
+    return scores
+
+
+def encode(rows: list[dict], tokenizer) -> list[tuple[list[int], int]]:
+    """Token ids of every sample with its end-of-turn token, and how many of them belong to the prompt."""
+    encoded = []
+    for row in rows:
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        text = prompt + row["completion"][0]["content"] + tokenizer.eos_token
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        encoded.append((ids, len(tokenizer(prompt, add_special_tokens=False)["input_ids"])))
+    return encoded
+
+
+def batches(encoded: list[tuple[list[int], int]], batch_tokens: int, rng: random.Random):
+    """One epoch of batches of similar length, in random order, padded on the right; prompts carry no loss."""
+    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i][0]), rng.random()))
+    groups, group = [], []
+    for index in order:
+        if group and (len(group) + 1) * len(encoded[index][0]) > batch_tokens:
+            groups.append(group)
+            group = []
+        group.append(index)
+    groups.append(group)
+    rng.shuffle(groups)
+    for group in groups:
+        width = max(len(encoded[i][0]) for i in group)
+        ids = torch.zeros(len(group), width, dtype=torch.long)
+        labels = torch.full((len(group), width), -100)
+        for row, i in enumerate(group):
+            tokens, prompt_length = encoded[i]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            labels[row, prompt_length : len(tokens)] = torch.tensor(tokens[prompt_length:])
+        yield ids, labels
+
+
+def train(model, tokenizer, rows: list[dict], config: dict) -> tuple[list[dict], dict | None]:
+    """Train until a checkpoint has all three scores in the range. Returns every checkpoint's row and the chosen one.
+
+    A plain loop: at two million parameters the trainer's per-step metrics cost more than the model itself.
+    Right padding needs no attention mask under causal attention, since padding carries no loss.
+    """
+    settings, rng = config["trainer"], random.Random(config["seed"])
+    low, high = config["score_range"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings["learning_rate"],
+        betas=tuple(settings["adam_betas"]),
+        weight_decay=settings["weight_decay"],
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / settings["warmup_steps"]))
+    encoded, checkpoints, step = encode(rows, tokenizer), [], 0
+    for _ in range(settings["epochs"]):
+        for ids, labels in batches(encoded, settings["batch_tokens"], rng):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(ids, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step += 1
+            if step % 25 == 0:
+                print(json.dumps({"step": step, "loss": round(loss.item(), 4)}), flush=True)
+            if step % settings["score_steps"] == 0:
+                row = {"step": step, **held_out_scores(model, tokenizer, config["scored_problems"])}
+                checkpoints.append(row)
+                print(json.dumps(row), flush=True)
+                if all(low <= row[domain] <= high for domain in DOMAINS):
+                    return checkpoints, row
+    return checkpoints, None
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    config = yaml.safe_load(arguments.config.read_text())
+    torch.set_num_threads(config["threads"])
+    rows = corpus(config)
+    tokenizer = train_tokenizer(rows, config["vocab_size"])
+    torch.manual_seed(config["seed"])
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=config["vocab_size"],
+            max_position_embeddings=1024,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **config["model"],
+        )
+    )
+    n_parameters = sum(p.numel() for p in model.parameters())
+    model.train()
+    print(f"{len(rows)} samples, {n_parameters / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True)
+    checkpoints, chosen = train(model, tokenizer, rows, config)
+    if chosen is None:
+        raise SystemExit(f"no checkpoint has all three scores in {config['score_range']}: {checkpoints}")
+    record = {"config": config, "parameters": n_parameters, "checkpoints": checkpoints, "chosen": chosen}
+    model.to(torch.bfloat16).save_pretrained(arguments.out)
+    tokenizer.save_pretrained(arguments.out)
+    record["sha256"] = sha256(arguments.out / "model.safetensors")
+    (arguments.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

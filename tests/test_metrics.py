@@ -1,0 +1,113 @@
+"""pass@k, clustered errors, intervals and paired tests against closed forms, and a simulation of the coverage."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tinyr1_utils import metrics
+
+
+def test_pass_at_k_is_the_share_of_draws_with_a_right_sample():
+    for n, c in ((5, 0), (5, 2), (6, 5), (4, 4)):
+        samples = [1] * c + [0] * (n - c)
+        for k in range(1, n + 1):
+            draws = list(itertools.combinations(samples, k))
+            assert metrics.pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_pass_at_1_is_the_mean_and_large_counts_stay_exact():
+    assert metrics.pass_at_k(16, 4, 1) == 0.25
+    assert metrics.pass_at_k(10_000, 1, 5_000) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
+def test_pass_at_k_refuses_impossible_counts(n, c, k):
+    with pytest.raises(ValueError, match="pass@k"):
+        metrics.pass_at_k(n, c, k)
+
+
+def test_clustered_mean_of_one_sample_each_is_the_plain_standard_error():
+    values = [0, 1, 1, 0, 1]
+    estimate = metrics.clustered_mean([[value] for value in values])
+    assert estimate.mean == pytest.approx(0.6)
+    assert estimate.stderr == pytest.approx(stats.sem(values))
+    assert (estimate.n_problems, estimate.n_samples) == (5, 5)
+
+
+def test_clustered_mean_is_the_papers_formula_with_ddof_1():
+    rng = np.random.default_rng(1)
+    scores = rng.integers(0, 2, (30, 4)).astype(float)
+    centred = scores - scores.mean()
+    paper = math.sqrt(sum(np.outer(row, row).sum() for row in centred)) / scores.size
+    estimate = metrics.clustered_mean(scores.tolist())
+    assert estimate.stderr == pytest.approx(paper * math.sqrt(30 / 29))
+
+
+def test_copies_of_a_sample_add_no_information():
+    once, often = [[0.0], [1.0], [1.0]], [[0.0] * 64, [1.0] * 64, [1.0] * 64]
+    assert metrics.clustered_mean(often).stderr == pytest.approx(metrics.clustered_mean(once).stderr)
+
+
+def test_a_problem_counts_the_same_whatever_its_samples():
+    assert metrics.clustered_mean([[1.0] * 9, [0.0]]).mean == 0.5
+
+
+def test_one_problem_has_no_standard_error():
+    estimate = metrics.clustered_mean([[0, 1]])
+    assert estimate.mean == 0.5 and math.isnan(estimate.stderr)
+    assert all(math.isnan(bound) for bound in metrics.interval(estimate))
+
+
+@pytest.mark.parametrize("scores", [[], [[1.0], []]])
+def test_no_scores_are_an_error(scores):
+    with pytest.raises(ValueError, match="at least one"):
+        metrics.clustered_mean(scores)
+
+
+def test_interval_is_the_normal_one():
+    low, high = metrics.interval(metrics.Estimate(0.5, 0.1, 10, 10))
+    assert (low, high) == (pytest.approx(0.304004, abs=1e-6), pytest.approx(0.695996, abs=1e-6))
+    with pytest.raises(ValueError, match="confidence"):
+        metrics.interval(metrics.Estimate(0.5, 0.1, 10, 10), 95)
+
+
+def test_interval_covers_the_true_mean_in_95_percent_of_runs():
+    rng = np.random.default_rng(20)
+    runs, problems, samples, covered = 3000, 150, 4, 0
+    difficulty = rng.beta(1.5, 1.0, (runs, problems))  # the mean of the population is 0.6
+    scores = rng.random((runs, problems, samples)) < difficulty[:, :, None]
+    for run in scores.astype(float):
+        low, high = metrics.interval(metrics.clustered_mean(run))
+        covered += low <= 0.6 <= high
+    assert 0.94 <= covered / runs <= 0.96
+
+
+def test_paired_difference_is_that_of_the_problems_and_smaller_than_unpaired():
+    rng = np.random.default_rng(3)
+    level = rng.random(200)
+    a = {str(i): (rng.random(4) < p).astype(float) for i, p in enumerate(level)}
+    b = {str(i): (rng.random(8) < p * 0.9).astype(float) for i, p in enumerate(level)}
+    estimate = metrics.paired_difference(a, dict(reversed(b.items())))
+    by_hand = [a[name].mean() - b[name].mean() for name in a]
+    assert estimate.mean == pytest.approx(np.mean(by_hand))
+    assert estimate.stderr == pytest.approx(stats.sem(by_hand))
+    assert (estimate.n_problems, estimate.n_samples) == (200, 200 * 12)
+    apart = math.hypot(*(metrics.clustered_mean(list(scores.values())).stderr for scores in (a, b)))
+    assert estimate.stderr < apart
+
+
+def test_paired_comparisons_need_the_same_problems():
+    for compare in (metrics.paired_difference, metrics.sign_test):
+        with pytest.raises(ValueError, match="q2"):
+            compare({"q1": [1.0]}, {"q1": [1.0], "q2": [0.0]})
+
+
+def test_sign_test_is_exact_mcnemar_for_single_samples():
+    a = {str(i): [1.0] for i in range(10)} | {"x": [0.0], "tie": [1.0]}
+    b = {str(i): [0.0] for i in range(10)} | {"x": [1.0], "tie": [1.0]}
+    assert metrics.sign_test(a, b) == pytest.approx(2 * (1 + 11) / 2**11)
+    assert metrics.sign_test(a, a) == 1.0
+    assert metrics.sign_test({"q": [0.1] * 3}, {"q": [0.1] * 7}) == 1.0  # no difference but that of rounding

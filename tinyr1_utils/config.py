@@ -1,0 +1,381 @@
+"""Owns the typed, validated configuration: one YAML file per run, one frozen parameter set per stage. Runs nothing.
+
+A config file has a few run-wide keys and one section per stage, each with values `shared` by its `variants`.
+`stage_parameters` resolves them to the plain scalars that a notebook's parameters cell takes.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tinyr1_utils.records import DOMAINS
+
+BACKBONE = "backbone"
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Chunk = Annotated[int, Field(ge=1, le=100_000)]
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated parameter, in order."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def nearest(word: str, known) -> str:
+    """`; did you mean 'x'?` for the known word that is closest, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class StageParameters(BaseModel):
+    """What every stage is told. Relative paths are taken from the project's root (see `project_root`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    stage: ClassVar[str]
+    notebook: ClassVar[str]
+    # Where data lies and how fast a machine is does not change a result, so neither is part of a stage's facts.
+    not_facts: ClassVar[frozenset[str]] = frozenset({"run_dir", "data_root"})
+
+    run_dir: str
+    variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+    @classmethod
+    def collect(cls, namespace: Mapping[str, Any]) -> "StageParameters":
+        """The stage's parameters by name from a notebook's globals(), validated."""
+        return validated(cls, {name: namespace[name] for name in cls.model_fields}, f"notebook {cls.notebook}")
+
+    def facts(self) -> dict[str, Any]:
+        """The parameters that the stage's result depends on, for its manifest."""
+        return self.model_dump(exclude=set(self.not_facts))
+
+    def upstream(self) -> tuple[str, ...]:
+        """The `stage/variant` names whose manifests this stage reads."""
+        return ()
+
+
+class CurationParameters(StageParameters):
+    """Notebook 01: one domain's problems and teacher traces -> selected, decontaminated SFT set."""
+
+    stage: ClassVar[str] = "curation"
+    notebook: ClassVar[str] = "01_data_curation"
+    domain: Literal["math", "code", "science"]
+    source: str
+    data_root: str
+    limit: NonNegative
+    backbone: str
+    max_seq_tokens: Positive
+    unverifiable: Literal["keep", "drop"]
+    benchmarks: str
+    ngram_words: Positive
+    time_limit_s: Annotated[float, Field(gt=0)]
+    workers: Positive
+    seed: int
+
+
+class SftParameters(StageParameters):
+    """Notebook 02: one domain's SFT set (or the union) -> a branch."""
+
+    stage: ClassVar[str] = "sft"
+    notebook: ClassVar[str] = "02_branch_sft"
+    not_facts: ClassVar[frozenset[str]] = StageParameters.not_facts | {"report_to", "save_steps"}
+    domains: str
+    backbone: str
+    epochs: Annotated[float, Field(gt=0)]
+    max_steps: NonNegative
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    schedule: Literal["constant_with_warmup", "cosine", "linear"]
+    warmup_ratio: Share
+    adam_beta1: Share
+    adam_beta2: Share
+    adam_epsilon: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    per_device_batch_size: Positive
+    gradient_accumulation: Positive
+    max_seq_tokens: Positive
+    packing: Literal["none", "plain", "neat"]
+    gradient_checkpointing: bool
+    use_liger_kernel: bool
+    attention: Literal["sdpa", "flash_attention_2", "eager"]
+    precision: Literal["bfloat16", "float32"]
+    branch_dtype: Literal["bfloat16", "float32"]
+    held_out_rows: NonNegative
+    save_steps: Positive
+    launcher: Literal["single", "torchrun", "deepspeed"]
+    zero_stage: Literal[0, 2, 3]
+    num_processes: Positive
+    hostfile: str
+    threads: Positive
+    report_to: str
+    seed: int
+
+    @field_validator("domains")
+    @classmethod
+    def known_domains(cls, text: str) -> str:
+        for domain in names(text):
+            if domain not in DOMAINS:
+                raise ValueError(f"unknown domain {domain!r}; one of {', '.join(DOMAINS)}{nearest(domain, DOMAINS)}")
+        if not names(text):
+            raise ValueError(f"names no domain; give one or more of {', '.join(DOMAINS)}")
+        return text
+
+    @model_validator(mode="after")
+    def launcher_fits(self) -> "SftParameters":
+        if self.launcher == "single" and (self.num_processes > 1 or self.zero_stage):
+            raise ValueError("launcher 'single' takes num_processes 1 and zero_stage 0; use torchrun or deepspeed")
+        return self
+
+    def upstream(self) -> tuple[str, ...]:
+        return tuple(f"curation/{domain}" for domain in names(self.domains))
+
+
+class MergeParameters(StageParameters):
+    """Notebook 03: one recipe: branches in order -> merged model."""
+
+    stage: ClassVar[str] = "merge"
+    notebook: ClassVar[str] = "03_merge"
+    recipe: Literal["arcee_fusion", "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
+    merge_order: str
+    backbone: str
+    weight: Annotated[float, Field(gt=0, le=2)]
+    density: Annotated[float, Field(gt=0, le=1)]
+    merge_dtype: Literal["bfloat16", "float32"]
+    threads: Positive
+    seed: int
+
+    @model_validator(mode="after")
+    def two_branches(self) -> "MergeParameters":
+        order = names(self.merge_order)
+        if len(order) < 2 or len(set(order)) != len(order):
+            raise ValueError(f"merge_order {self.merge_order!r} must name two or more different branches")
+        return self
+
+    def upstream(self) -> tuple[str, ...]:
+        return tuple(f"sft/{branch}" for branch in names(self.merge_order))
+
+
+class GenerationParameters(StageParameters):
+    """What evaluation and stress test share: a model, how it is sampled, and how its answers are graded."""
+
+    not_facts: ClassVar[frozenset[str]] = StageParameters.not_facts | {"workers", "gpu_memory_share"}
+    model: str
+    backbone: str
+    data_root: str
+    limit: NonNegative
+    n_samples: Positive
+    temperature: Annotated[float, Field(ge=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    max_new_tokens: Positive
+    max_seq_tokens: Positive
+    backend: Literal["vllm", "transformers"]
+    dtype: Literal["bfloat16", "float32"]
+    chunk_size: Chunk
+    tensor_parallel: Positive
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)]
+    threads: Positive
+    time_limit_s: Annotated[float, Field(gt=0)]
+    memory_mb: Positive
+    workers: Positive
+    seed: int
+
+    @field_validator("model")
+    @classmethod
+    def model_is_known(cls, model: str) -> str:
+        if model != BACKBONE and not model.startswith(("sft/", "merge/")):
+            raise ValueError(f"model {model!r} must be 'backbone', 'sft/<branch>' or 'merge/<recipe>'")
+        return model
+
+    def upstream(self) -> tuple[str, ...]:
+        return () if self.model == BACKBONE else (self.model,)
+
+
+class EvaluationParameters(GenerationParameters):
+    """Notebook 04: one model on its benchmarks -> completions, scores, pass@1."""
+
+    stage: ClassVar[str] = "evaluation"
+    notebook: ClassVar[str] = "04_evaluation"
+    benchmarks: str
+
+
+class StressParameters(GenerationParameters):
+    """Notebook 05: one model on one multiple-choice benchmark under content-preserving changes."""
+
+    stage: ClassVar[str] = "stress"
+    notebook: ClassVar[str] = "05_stress_test"
+    benchmark: str
+    changes: str
+    length_ratio: Annotated[float, Field(gt=1)]
+
+
+class AnalysisParameters(StageParameters):
+    """Notebook 06: every manifest of a run -> tables, figures, report."""
+
+    stage: ClassVar[str] = "analysis"
+    notebook: ClassVar[str] = "06_analysis"
+    title: str
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+
+
+STAGES: dict[str, type[StageParameters]] = {
+    cls.stage: cls
+    for cls in (
+        CurationParameters,
+        SftParameters,
+        MergeParameters,
+        EvaluationParameters,
+        StressParameters,
+        AnalysisParameters,
+    )
+}
+
+
+class StageConfig(BaseModel):
+    """One stage's section: values shared by its variants, and what each variant sets itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    shared: dict[str, Any] = {}
+    variants: dict[str, dict[str, Any] | None]
+
+
+class Resources(BaseModel):
+    """What one job of a stage asks of the machine or the cluster."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    cores: Positive = 1
+    gpus: NonNegative = 0
+    nodes: Positive = 1
+    memory_gib: Positive = 8
+    minutes: Positive = 60
+
+
+class RunConfig(BaseModel):
+    """One YAML file: everything that a run is made of. `hardware` says in words what it was sized for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    title: str
+    hardware: str
+    backbone: str
+    data_root: str = ""
+    seed: int = 0
+    resources: dict[str, Resources] = {}
+    curation: StageConfig
+    sft: StageConfig
+    merge: StageConfig
+    evaluation: StageConfig
+    stress: StageConfig
+    analysis: StageConfig
+
+    @property
+    def run_dir(self) -> str:
+        return f"papermill_runs/{self.name}"
+
+    def stage_resources(self, stage: str) -> Resources:
+        return self.resources.get(stage, Resources())
+
+
+def _known_keys(model: type[BaseModel], location: tuple) -> list[str]:
+    """The keys that are valid where a validation error happened."""
+    for part in location[:-1]:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        if field is None:
+            break
+        candidates = [field.annotation, *get_args(field.annotation)]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def validated(model: type[BaseModel], values: Mapping[str, Any], where: str) -> Any:
+    """`model(**values)`; ValueError with one sentence per bad key (place, key, reason, nearest right name)."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        sentences = []
+        for problem in error.errors():
+            location = problem["loc"]
+            key = ".".join(str(part) for part in location)
+            if problem["type"] == "extra_forbidden":
+                sentences.append(f"unknown key {key!r}{nearest(str(location[-1]), _known_keys(model, location))}")
+            elif problem["type"] == "missing":
+                sentences.append(f"missing key {key!r}")
+            else:
+                message = problem["msg"].removeprefix("Value error, ")
+                sentences.append(f"{key}: {message} (found {problem['input']!r})" if key else message)
+        raise ValueError(f"{where}: " + "; ".join(sentences)) from None
+
+
+def project_root() -> Path:
+    """The nearest folder at or above the working directory that holds `pyproject.toml` and `notebooks/`, else here.
+
+    Notebooks run in `notebooks/`, Snakemake in the root: both see the same relative paths.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
+            return folder
+    return here
+
+
+def from_root(path: str | Path) -> Path:
+    """A path as given when absolute, else under the project's root."""
+    return project_root() / Path(path).expanduser()
+
+
+def load_config(path: str | Path, *, data_root: str = "", name: str = "") -> RunConfig:
+    """Read and validate a run's YAML, every stage variant included, and that each upstream variant exists.
+
+    `data_root` and `name` override the file's own. Raises FileNotFoundError or ValueError with the file, the key
+    and the remedy.
+    """
+    file = from_root(path)
+    if not file.is_file():
+        known = sorted(str(p.relative_to(project_root())) for p in project_root().glob("configs/*.yaml"))
+        raise FileNotFoundError(f"no config file {path}; there are: {', '.join(known)}")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must be a mapping of keys to values; see configs/micro.yaml")
+    overrides = {key: value for key, value in (("data_root", data_root), ("name", name)) if value}
+    config = validated(RunConfig, {**values, **overrides}, str(path))
+    planned = {f"{stage}/{variant}" for stage in STAGES for variant in getattr(config, stage).variants}
+    for stage in STAGES:
+        for variant in getattr(config, stage).variants:
+            for needed in stage_parameters(config, stage, variant, str(path)).upstream():
+                if needed not in planned:
+                    raise ValueError(
+                        f"{path}: {stage}.variants.{variant} needs {needed}, which the config does not plan"
+                        f"{nearest(needed, planned)}"
+                    )
+    return config
+
+
+def stage_parameters(config: RunConfig, stage: str, variant: str, where: str = "config") -> StageParameters:
+    """The validated parameters of one variant: run-wide values, then the stage's shared ones, then its own."""
+    if stage not in STAGES:
+        raise ValueError(f"{where}: unknown stage {stage!r}; one of {', '.join(STAGES)}{nearest(stage, STAGES)}")
+    section = getattr(config, stage)
+    if variant not in section.variants:
+        raise ValueError(
+            f"{where}: stage {stage} has no variant {variant!r}; it has {', '.join(section.variants)}"
+            f"{nearest(variant, section.variants)}"
+        )
+    fields = STAGES[stage].model_fields
+    run_wide = {"backbone": config.backbone, "data_root": config.data_root, "seed": config.seed, "title": config.title}
+    values = {"run_dir": config.run_dir, "variant": variant} | {k: v for k, v in run_wide.items() if k in fields}
+    values |= section.shared | (section.variants[variant] or {})
+    return validated(STAGES[stage], values, f"{where}: {stage}.variants.{variant}")
+
+
+def upstream(config: RunConfig, stage: str, variant: str) -> tuple[str, ...]:
+    """The `stage/variant` names that must be done before this one; the analysis waits for all others."""
+    if stage == "analysis":
+        others = [name for name in STAGES if name != "analysis"]
+        return tuple(f"{name}/{other}" for name in others for other in getattr(config, name).variants)
+    return stage_parameters(config, stage, variant).upstream()

@@ -1,0 +1,92 @@
+"""Owns the one mapping from model, domain and recipe to label, colour and marker, and the order they are shown in.
+
+Does not draw and does not know which of them a run holds.
+"""
+
+from dataclasses import dataclass
+
+KINDS = ("backbone", "branch", "mixture", "merged model")
+THIS_RUN, REPORTED = "this run", "reported"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one thing is shown everywhere. The marker carries what a greyscale print loses of the colour."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+UNKNOWN = Look("", "#6B6B6B", "h")
+
+# Hues of seaborn's colour-blind palette, the light ones darkened so that they hold on white paper.
+LOOKS: dict[str, Look] = {
+    "backbone": Look("backbone", "#4D4D4D", "s"),
+    "math": Look("math", "#0173B2", "o"),
+    "code": Look("code", "#C27500", "^"),
+    "science": Look("science", "#029E73", "v"),
+    "mixture": Look("mixture", "#A85AA0", "P"),
+    "arcee_fusion": Look("Arcee Fusion", "#C23B00", "D"),
+    "linear": Look("linear (soup)", "#2F8FC4", "X"),
+    "task_arithmetic": Look("task arithmetic", "#7A5C1E", "<"),
+    "ties": Look("TIES", "#8C6239", ">"),
+    "dare_linear": Look("DARE-linear", "#C4669F", "p"),
+    "dare_ties": Look("DARE-TIES", "#5B3A8E", "*"),
+    "longer_right": Look("right option longer", "#0173B2", "o"),
+    "longer_wrong": Look("wrong options longer", "#C27500", "^"),
+    "true_false": Look("true / false statements", "#029E73", "v"),
+    "nouns": Look("nouns replaced", "#A85AA0", "P"),
+}
+
+# Models of the TinyR1 paper: the short label and the model of ours that plays the same part, if one does.
+REPORTED_MODELS: dict[str, tuple[str, str]] = {
+    "DeepSeek-R1-Distill-Qwen-32B": ("backbone (32B)", "backbone"),
+    "DeepSeek-R1-Distill-Llama-70B": ("Distill-Llama-70B", ""),
+    "DeepSeek-R1": ("DeepSeek-R1 (teacher)", ""),
+    "math branch": ("math branch", "sft/math"),
+    "code branch": ("code branch", "sft/code"),
+    "science branch": ("science branch", "sft/science"),
+    "data mixture": ("mixture", "sft/mixture"),
+    "(math + code) + science": ("(math + code) + science", ""),
+    "TinyR1-32B-Preview": ("TinyR1-32B", "merge/arcee_fusion"),
+    "Arcee Fusion": ("Arcee Fusion", "merge/arcee_fusion"),
+    "model soup": ("linear (soup)", "merge/linear"),
+    "DARE-linear": ("DARE-linear", "merge/dare_linear"),
+    "DARE-TIES": ("DARE-TIES", "merge/dare_ties"),
+}
+
+REPORTED_DOMAINS = {"AIME24": "math", "LiveCodeBench": "code", "GPQA-Diamond": "science"}
+
+
+def look(name: str) -> Look:
+    """The look of a model (`backbone`, `sft/<branch>`, `merge/<variant>`), a reported model, a domain or a change.
+
+    A merged model whose variant begins with a recipe's name takes that recipe's colour and marker and its own label;
+    an unknown name is grey under its own name.
+    """
+    if name in REPORTED_MODELS:
+        label, twin = REPORTED_MODELS[name]
+        base = look(twin) if twin else UNKNOWN
+        return Look(label, base.colour, base.marker)
+    stage, _, variant = name.rpartition("/")
+    if variant in LOOKS:
+        known = LOOKS[variant]
+        is_branch = stage == "sft" and variant != "mixture"
+        return Look(f"{known.label} branch", known.colour, known.marker) if is_branch else known
+    recipe = max((key for key in LOOKS if variant.startswith(key)), key=len, default="")
+    base = LOOKS.get(recipe, UNKNOWN)
+    return Look(variant, base.colour, base.marker)
+
+
+def twin(reported_model: str) -> str:
+    """The model of ours that plays the part of a reported one, or an empty string."""
+    return REPORTED_MODELS.get(reported_model, ("", ""))[1]
+
+
+def order(name: str) -> tuple[int, int, str]:
+    """A sort key: known names in the order of the mappings above, then the others by name."""
+    if name in REPORTED_MODELS:
+        return (0, list(REPORTED_MODELS).index(name), name)
+    variant = name.rpartition("/")[2]
+    return (0, list(LOOKS).index(variant), name) if variant in LOOKS else (1, 0, name)

@@ -1,0 +1,102 @@
+"""Owns what is computed from scores: pass@k, means with clustered standard errors, intervals, paired differences.
+
+Does not read scores from disk and does not draw. Everything here is deterministic.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems with its standard error (NaN where one problem leaves it undefined)."""
+
+    mean: float
+    stderr: float
+    n_problems: int
+    n_samples: int
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The unbiased estimate of pass@k from `n` samples of one problem of which `c` are right.
+
+    1 - C(n - c, k) / C(n, k): Chen et al. 2021, arXiv 2107.03374, equation 1, in exact integers.
+    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def _estimate(values: np.ndarray, n_samples: int) -> Estimate:
+    """Mean of one value per problem, shape (n_problems,), with s / sqrt(n_problems) as standard error."""
+    n_problems = len(values)
+    stderr = float(np.std(values, ddof=1) / math.sqrt(n_problems)) if n_problems > 1 else math.nan
+    return Estimate(float(np.mean(values)), stderr, n_problems, n_samples)
+
+
+def _problem_means(values_by_problem: Sequence[Sequence[float]]) -> np.ndarray:
+    """The mean of each problem's samples, shape (n_problems,). Raises ValueError where one has no sample."""
+    if not len(values_by_problem):
+        raise ValueError("an estimate needs at least one problem; the list of scores is empty")
+    empty = [index for index, samples in enumerate(values_by_problem) if not len(samples)]
+    if empty:
+        raise ValueError(f"problem number {empty[0]} has no sample; every problem needs at least one score")
+    return np.array([np.mean(samples) for samples in values_by_problem], dtype=float)
+
+
+def clustered_mean(values_by_problem: Sequence[Sequence[float]]) -> Estimate:
+    """Mean score with a standard error clustered by problem: samples of one problem are not independent.
+
+    Miller 2024, arXiv 2411.00640, section 2.2. With the same number of samples for every problem this is the paper's
+    clustered error times sqrt(n / (n - 1)) (ddof=1, which the paper's formula leaves out). With unequal numbers every
+    problem counts the same here, while the paper's counts every sample the same.
+    """
+    return _estimate(_problem_means(values_by_problem), sum(len(samples) for samples in values_by_problem))
+
+
+def interval(estimate: Estimate, confidence: float = 0.95) -> tuple[float, float]:
+    """The normal interval mean +- z * stderr, (low, high); NaN where the standard error is.
+
+    It is not clipped to [0, 1], so that it also serves differences. It is of no width where all problems agree, and
+    too narrow for a few problems or for means near 0 or 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    half = float(stats.norm.ppf(0.5 + confidence / 2)) * estimate.stderr
+    return estimate.mean - half, estimate.mean + half
+
+
+def _differences(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> np.ndarray:
+    """Mean of `a` minus mean of `b` for each problem in sorted order of its id, shape (n_problems,)."""
+    if set(a) != set(b):
+        odd = sorted(set(a) ^ set(b))
+        raise ValueError(
+            f"a paired comparison needs the same problems: {odd[0]} and {len(odd) - 1} more are in one only"
+        )
+    ids = sorted(a)
+    return _problem_means([a[name] for name in ids]) - _problem_means([b[name] for name in ids])
+
+
+def paired_difference(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> Estimate:
+    """Mean of `a` minus mean of `b` over the same problems, both problem id -> scores; error clustered by problem.
+
+    Miller 2024, arXiv 2411.00640, section 4. The numbers of samples may differ; `n_samples` counts both.
+    Raises ValueError where the problem ids differ.
+    """
+    n_samples = sum(len(samples) for scores in (a, b) for samples in scores.values())
+    return _estimate(_differences(a, b), n_samples)
+
+
+def sign_test(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> float:
+    """Two-sided p-value of the exact sign test on the problems where the means differ; 1.0 where none do.
+
+    With one 0/1 sample a problem it is the exact McNemar test. Means closer than 1e-12 count as equal.
+    """
+    differences = _differences(a, b)
+    better, worse = int(np.sum(differences > 1e-12)), int(np.sum(differences < -1e-12))
+    return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0

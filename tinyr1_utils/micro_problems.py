@@ -1,0 +1,359 @@
+"""Owns the generated problems of the micro world and its scripted teacher. Reads and writes no file.
+
+Three domains with answers that a program can check: word problems (math), functions over lists of integers (code),
+and four-way choices on true facts (science: SI conversions, kinematics, Newton, Ohm, density, molar masses).
+A problem belongs to `train`, `validation` or `test` by a hash of what it asks, not of its wording, so no two splits
+can share a problem whatever the seeds.
+"""
+
+import functools
+import hashlib
+import random
+from collections.abc import Callable
+from fractions import Fraction
+
+from tinyr1_utils.records import LETTERS, Problem, Trace
+
+SPLITS = ("train", "validation", "test")
+PEOPLE = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jan", "Kim", "Leo", "Mia", "Noa", "Otto")
+OBJECTS = ("apples", "books", "cards", "coins", "eggs", "keys", "pens", "shells", "stamps", "toys")
+PLACES = ("Bern", "Cairo", "Lima", "Oslo", "Paris", "Quito", "Rome", "Seoul", "Tunis", "Vienna")
+TEACHER = "micro-script"
+
+
+def split_of(content: str) -> str:
+    """The split that a problem's content belongs to: 80 % train, 10 % validation, 10 % test, by its SHA-256."""
+    bucket = hashlib.sha256(content.encode()).digest()[0] * 10 // 256
+    return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
+
+
+def _problem(domain: str, content: str, question: str, answer_kind: str, reference: str, **fields) -> Problem:
+    digest = hashlib.sha256(f"{content}|{question}".encode()).hexdigest()[:10]
+    metadata = {"content": content, **fields.pop("metadata", {})}
+    return Problem(
+        id=f"micro-{domain}-{digest}",
+        domain=domain,
+        source=f"micro-{domain}",
+        question=question,
+        answer_kind=answer_kind,
+        reference=reference,
+        metadata=metadata,
+        **fields,
+    )
+
+
+# --- math: one quantity, one to four changes ---------------------------------------------------------------------
+
+MATH_SENTENCES = {
+    "+": ("{name} buys {n} more.", "A friend gives {name} {n} more.", "Then {name} finds {n} more."),
+    "-": ("{name} gives away {n}.", "Then {name} loses {n}.", "{name} sells {n}."),
+    "*": ("Then the number of {object} grows {n}-fold.",),
+    "/": ("{name} shares them equally with others so that each of {n} people has the same, and keeps one share.",),
+}
+MATH_OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda value, n: value + n,
+    "-": lambda value, n: value - n,
+    "*": lambda value, n: value * n,
+    "/": lambda value, n: value // n,
+}
+
+
+def _math_step(value: int, rng: random.Random, easy: bool) -> tuple[str, int]:
+    largest = 9 if easy else 60
+    choices = ["+"] + ["-"] * (value > 3)
+    if not easy:
+        choices += ["*"] * (2 <= value <= 40) + ["/"] * any(value % n == 0 and value > n for n in (2, 3, 4, 5))
+    operation = rng.choice(choices)
+    if operation == "+":
+        return operation, rng.randint(2, largest)
+    if operation == "-":
+        return operation, rng.randint(1, min(value - 1, largest))
+    if operation == "*":
+        return operation, rng.randint(2, 4)
+    return operation, rng.choice([n for n in (2, 3, 4, 5) if value % n == 0 and value > n])
+
+
+def _math(rng: random.Random, easy: bool) -> Problem:
+    start = value = rng.randint(3, 30 if easy else 80)
+    steps = []
+    for _ in range(rng.randint(1, 2) if easy else rng.randint(1, 4)):
+        operation, n = _math_step(value, rng, easy)
+        steps.append([operation, n])
+        value = MATH_OPERATIONS[operation](value, n)
+    name, thing = rng.choice(PEOPLE), rng.choice(OBJECTS)
+    sentences = [f"{name} has {start} {thing}."]
+    sentences += [rng.choice(MATH_SENTENCES[op]).format(name=name, n=n, object=thing) for op, n in steps]
+    question = " ".join([*sentences, f"How many {thing} does {name} have now?"])
+    content = f"{start}" + "".join(f"{op}{n}" for op, n in steps)
+    return _problem("math", content, question, "number", str(value), metadata={"start": start, "steps": steps})
+
+
+def _math_trace(problem: Problem, rng: random.Random | None) -> tuple[str, str]:
+    value, lines = problem.metadata["start"], []
+    steps = problem.metadata["steps"]
+    slip_at = rng.randrange(len(steps)) if rng else None
+    for index, (operation, n) in enumerate(steps):
+        result = MATH_OPERATIONS[operation](value, n)
+        if index == slip_at:
+            result += rng.choice((1, 2, 10))
+        lines.append(f"{value} {operation} {n} = {result}")
+        value = result
+    return "\n".join(lines), f"The answer is \\boxed{{{value}}}."
+
+
+# --- code: a pipeline over a list of integers --------------------------------------------------------------------
+
+# name -> (words, source line, Python function); `{n}` is the step's constant.
+CODE_STEPS: dict[str, tuple[str, str, Callable[[list[int], int], list[int]]]] = {
+    "even": ("keeps the even numbers", "[x for x in xs if x % 2 == 0]", lambda xs, n: [x for x in xs if x % 2 == 0]),
+    "square": ("squares each number", "[x * x for x in xs]", lambda xs, n: [x * x for x in xs]),
+    "add": ("adds {n} to each number", "[x + {n} for x in xs]", lambda xs, n: [x + n for x in xs]),
+    "sort": ("sorts the numbers in rising order", "sorted(xs)", lambda xs, n: sorted(xs)),
+    "first": ("takes the first {n} numbers", "xs[:{n}]", lambda xs, n: xs[:n]),
+    "above": ("keeps the numbers above {n}", "[x for x in xs if x > {n}]", lambda xs, n: [x for x in xs if x > n]),
+    "odd": ("keeps the odd numbers", "[x for x in xs if x % 2 == 1]", lambda xs, n: [x for x in xs if x % 2 == 1]),
+    "times": ("multiplies each number by {n}", "[x * {n} for x in xs]", lambda xs, n: [x * n for x in xs]),
+    "reverse": ("reverses the list", "xs[::-1]", lambda xs, n: xs[::-1]),
+    "down": ("sorts the numbers in falling order", "sorted(xs, reverse=True)", lambda xs, n: sorted(xs, reverse=True)),
+    "skip": ("drops the first {n} numbers", "xs[{n}:]", lambda xs, n: xs[n:]),
+    "below": ("keeps the numbers below {n}", "[x for x in xs if x < {n}]", lambda xs, n: [x for x in xs if x < n]),
+    "unique": ("removes repeated numbers", "list(dict.fromkeys(xs))", lambda xs, n: list(dict.fromkeys(xs))),
+    "negate": ("negates each number", "[-x for x in xs]", lambda xs, n: [-x for x in xs]),
+    "divisible": (
+        "keeps the multiples of {n}",
+        "[x for x in xs if x % {n} == 0]",
+        lambda xs, n: [x for x in xs if x % n == 0],
+    ),
+    "remainder": ("takes each number modulo {n}", "[x % {n} for x in xs]", lambda xs, n: [x % n for x in xs]),
+}
+CODE_RESULTS: dict[str, tuple[str, str, Callable[[list[int]], object]]] = {
+    "list": ("returns the list", "xs", lambda xs: xs),
+    "sum": ("returns the sum", "sum(xs)", sum),
+    "count": ("returns how many there are", "len(xs)", len),
+    "largest": ("returns the largest, or 0 if there is none", "max(xs, default=0)", lambda xs: max(xs, default=0)),
+    "smallest": ("returns the smallest, or 0 if there is none", "min(xs, default=0)", lambda xs: min(xs, default=0)),
+    "set": ("returns how many different numbers there are", "len(set(xs))", lambda xs: len(set(xs))),
+}
+EASY_STEPS, EASY_RESULTS = tuple(CODE_STEPS)[:8], tuple(CODE_RESULTS)[:4]
+
+
+def _code_expected(steps: list[list], result: str, numbers: list[int]) -> object:
+    for name, n in steps:
+        numbers = CODE_STEPS[name][2](numbers, n)
+    return CODE_RESULTS[result][2](numbers)
+
+
+def _code_tests(steps: list[list], result: str, content: str) -> tuple[str, ...]:
+    """Four asserts on lists drawn from the content alone, so that equal content has equal tests."""
+    rng = random.Random(content)
+    inputs = [[rng.randint(1, 20) for _ in range(length)] for length in (5, 8, 6)] + [[]]
+    return tuple(f"assert solve({xs}) == {_code_expected(steps, result, list(xs))}" for xs in inputs)
+
+
+def _code(rng: random.Random, easy: bool) -> Problem:
+    names = rng.sample(EASY_STEPS if easy else tuple(CODE_STEPS), rng.randint(1, 2) if easy else rng.randint(1, 3))
+    steps = [[name, rng.randint(2, 9)] for name in names]
+    result = rng.choice(EASY_RESULTS if easy else tuple(CODE_RESULTS))
+    words = [CODE_STEPS[name][0].format(n=n) for name, n in steps] + [CODE_RESULTS[result][0]]
+    question = "Write a Python function solve(xs) that " + ", then ".join(words) + "."
+    content = "|".join([*(CODE_STEPS[name][1].format(n=n) for name, n in steps), result])
+    tests = _code_tests(steps, result, content)
+    metadata = {"steps": steps, "result": result}
+    return _problem("code", content, question, "code", "", tests=tests, metadata=metadata)
+
+
+def _code_trace(problem: Problem, rng: random.Random | None) -> tuple[str, str]:
+    steps, result = [list(step) for step in problem.metadata["steps"]], problem.metadata["result"]
+    if rng:
+        slip = rng.randrange(len(steps))
+        steps[slip][0] = rng.choice([name for name in CODE_STEPS if name != steps[slip][0]])
+    lines = [CODE_STEPS[name][1].format(n=n) for name, n in steps]
+    words = [CODE_STEPS[name][0].format(n=n) for name, n in problem.metadata["steps"]]
+    reasoning = "\n".join(f"{word}: {line}" for word, line in zip(words, lines, strict=True))
+    body = "\n".join(f"    xs = {line}" for line in lines)
+    return reasoning, f"```python\ndef solve(xs):\n{body}\n    return {CODE_RESULTS[result][1]}\n```"
+
+
+# --- science: a quantity from a formula, four options ------------------------------------------------------------
+
+# name -> (question, formula in words, unit, function of two small integers -> (first shown, second shown, answer))
+FORMULAS: dict[str, tuple[str, str, str, Callable[[int, int], tuple[int, int, int]]]] = {
+    "speed": (
+        "a cart covers {a} m in {b} s at constant speed. What is its speed",
+        "v = d / t",
+        "m/s",
+        lambda v, t: (v * t, t, v),
+    ),
+    "distance": ("a cart moves at {a} m/s for {b} s. How far does it go", "d = v * t", "m", lambda v, t: (v, t, v * t)),
+    "force": (
+        "a mass of {a} kg accelerates at {b} m/s^2. What force acts on it",
+        "F = m * a",
+        "N",
+        lambda m, a: (m, a, m * a),
+    ),
+    "voltage": (
+        "a current of {a} A flows through {b} ohm. What is the voltage",
+        "U = I * R",
+        "V",
+        lambda i, r: (i, r, i * r),
+    ),
+    "density": (
+        "a body of {a} g has a volume of {b} cm^3. What is its density",
+        "rho = m / V",
+        "g/cm^3",
+        lambda rho, v: (rho * v, v, rho),
+    ),
+    "acceleration": (
+        "a cart goes from rest to {a} m/s in {b} s. What is its acceleration",
+        "a = v / t",
+        "m/s^2",
+        lambda a, t: (a * t, t, a),
+    ),
+}
+EASY_FORMULAS = ("speed", "distance", "force")
+CONVERSIONS = (("km", "m"), ("m", "cm"), ("kg", "g"), ("hour", "minute"), ("minute", "s"), ("L", "mL"), ("day", "hour"))
+EASY_CONVERSIONS = CONVERSIONS[:3]
+
+
+@functools.cache
+def conversion_factor(source: str, target: str) -> int:
+    """How many `target` one `source` is, by pint. Every pair of CONVERSIONS has an integer factor."""
+    import pint
+
+    factor = Fraction(pint.UnitRegistry().Quantity(1, source).to(target).magnitude).limit_denominator(10**6)
+    if factor.denominator != 1:
+        raise ValueError(f"{source} -> {target}: the factor {factor} is no integer")
+    return factor.numerator
+
+
+@functools.cache
+def _atomic_mass(symbol: str) -> int:
+    import periodictable
+
+    return round(periodictable.elements.symbol(symbol).mass)
+
+
+@functools.cache
+def compounds() -> tuple[tuple[tuple[str, int], ...], ...]:
+    """Alkanes, alkenes, alcohols, acids and oxides whose rounded molar mass is the sum of rounded atomic masses."""
+    import periodictable
+
+    rows = [(("C", n), ("H", 2 * n + 2)) for n in range(1, 8)] + [(("C", n), ("H", 2 * n)) for n in range(2, 8)]
+    rows += [(("C", n), ("H", 2 * n + 2), ("O", 1)) for n in range(1, 7)]
+    rows += [(("C", n), ("H", 2 * n), ("O", 2)) for n in range(1, 7)]
+    rows += [((metal, count), ("O", oxygens)) for metal, count, oxygens in _OXIDES]
+    formulas = {row: periodictable.formula("".join(f"{symbol}{count}" for symbol, count in row)).mass for row in rows}
+    return tuple(row for row, mass in formulas.items() if round(mass) == sum(_atomic_mass(s) * n for s, n in row))
+
+
+_OXIDES = (("C", 1, 1), ("C", 1, 2), ("N", 1, 1), ("N", 1, 2), ("N", 2, 1), ("N", 2, 3), ("N", 2, 5), ("S", 1, 2))
+_OXIDES += (("S", 1, 3), ("Mg", 1, 1), ("Ca", 1, 1), ("Na", 2, 1), ("Al", 2, 3), ("Si", 1, 2), ("P", 4, 6), ("K", 2, 1))
+
+
+def _formula_text(compound) -> str:
+    return "".join(symbol + (str(count) if count > 1 else "") for symbol, count in compound)
+
+
+def _science_item(rng: random.Random, easy: bool) -> tuple[str, str, list[str], int, str, list[int]]:
+    """(content, question, worked lines, answer, unit, plausible wrong values)."""
+    family = rng.choice(("formula", "formula", "conversion") + (() if easy else ("molar_mass",)))
+    if family == "formula":
+        name = rng.choice(EASY_FORMULAS if easy else tuple(FORMULAS))
+        question, formula, unit, function = FORMULAS[name]
+        first, second, answer = function(rng.randint(2, 12 if easy else 30), rng.randint(2, 9))
+        sign = formula[formula.index("=") :].split()[2]
+        lines = [f"{formula}", f"{first} {sign} {second} = {answer}"]
+        wrong = [first + second, abs(first - second), first, first * second if sign == "/" else first * second + second]
+        return f"{name}|{first}|{second}", question.format(a=first, b=second), lines, answer, unit, wrong
+    if family == "conversion":
+        source, target = rng.choice(EASY_CONVERSIONS if easy else CONVERSIONS)
+        factor, amount = conversion_factor(source, target), rng.randint(2, 12 if easy else 60)
+        answer = amount * factor
+        lines = [f"1 {source} = {factor} {target}", f"{amount} * {factor} = {answer}"]
+        question = f"a length of time, space or mass reads {amount} {source}. How much is it in {target}"
+        wrong = [answer * 10, answer // 10, amount + factor, answer + factor]
+        return f"{source}|{target}|{amount}", question, lines, answer, target, wrong
+    compound = rng.choice(compounds())
+    parts = [_atomic_mass(symbol) * count for symbol, count in compound]
+    lines = [
+        f"{symbol}: {count} * {_atomic_mass(symbol)} = {part}"
+        for (symbol, count), part in zip(compound, parts, strict=True)
+    ]
+    total = parts[0]
+    for part in parts[1:]:
+        lines.append(f"{total} + {part} = {total + part}")
+        total += part
+    text = _formula_text(compound)
+    wrong = [sum(_atomic_mass(symbol) for symbol, _ in compound), total + 1, total - 2, total + 12, total + 16]
+    return f"molar|{text}", f"a sample of {text} is weighed. What is its molar mass", lines, total, "g/mol", wrong
+
+
+def _science(rng: random.Random, easy: bool) -> Problem:
+    content, body, lines, answer, unit, wrong = _science_item(rng, easy)
+    wrong = sorted({value for value in wrong if value > 0 and value != answer})
+    while len(wrong) < 3:
+        wrong.append(answer + len(wrong) + 2)
+    values = [answer, *rng.sample(wrong, 3)]
+    rng.shuffle(values)
+    question = f"In {rng.choice(PLACES)}, {rng.choice(PEOPLE)} notes that {body}?"
+    letter = LETTERS[values.index(answer)]
+    options = tuple(f"{value} {unit}" for value in values)
+    metadata = {"lines": lines, "values": values, "answer": answer}
+    # The split must not depend on names or on the order of options: content alone decides.
+    return _problem("science", content, question, "choice", letter, options=options, metadata=metadata)
+
+
+def _science_trace(problem: Problem, rng: random.Random | None) -> tuple[str, str]:
+    lines, values = list(problem.metadata["lines"]), problem.metadata["values"]
+    believed = problem.metadata["answer"]
+    if rng:
+        believed = rng.choice([value for value in values if value != believed])
+        lines[-1] = f"{lines[-1].split(' = ')[0]} = {believed}"
+    for letter, value in zip(LETTERS, values, strict=False):
+        lines.append(f"{letter}) {value}: {'yes' if value == believed else 'no'}")
+        if value == believed:
+            break
+    return "\n".join(lines), f"The answer is \\boxed{{{letter}}}."
+
+
+def teach_statement(problem: Problem, option: str, truth: bool) -> Trace:
+    """The scripted teacher's trace for a science problem turned into a true/false statement about one option."""
+    lines = list(problem.metadata["lines"])
+    lines.append(f"{option.split()[0]}: {'yes' if truth else 'no'}")
+    return Trace(problem.id, TEACHER, "\n".join(lines), f"The answer is \\boxed{{{truth}}}.")
+
+
+GENERATORS = {"math": _math, "code": _code, "science": _science}
+TRACERS = {"math": _math_trace, "code": _code_trace, "science": _science_trace}
+
+
+def generate(domain: str, split: str, n_problems: int, seed: int, *, easy: bool = False) -> list[Problem]:
+    """`n_problems` different problems of one domain and split, in an order that the seed fixes.
+
+    `easy` draws from the part of the domain that the backbone was pretrained on: fewer steps, smaller numbers,
+    half of the operations and formulas. Raises ValueError when the split holds fewer different problems.
+    """
+    rng = random.Random(f"{domain}|{split}|{seed}|{easy}")
+    problems: dict[str, Problem] = {}
+    for _ in range(200 * n_problems + 1000):
+        if len(problems) == n_problems:
+            return list(problems.values())
+        problem = GENERATORS[domain](rng, easy)
+        if split_of(problem.metadata["content"]) == split:
+            problems.setdefault(problem.id, problem)
+    raise ValueError(f"micro-{domain} {split}: only {len(problems)} different problems, {n_problems} asked for")
+
+
+def teach(problem: Problem, *, seed: int, wrong_share: float = 0.0, unfinished_share: float = 0.0) -> Trace:
+    """The scripted teacher's trace. It slips in `wrong_share` of the problems and is cut off in `unfinished_share`.
+
+    Which problems those are is fixed by (seed, problem id). A slip changes one step and is carried through to the
+    answer, as a real teacher's slip is; a wrong function may still pass the tests by luck.
+    """
+    rng = random.Random(f"{seed}|{problem.id}")
+    draw = rng.random()
+    slip = rng if draw < wrong_share else None
+    reasoning, answer = TRACERS[problem.domain](problem, slip)
+    if wrong_share <= draw < wrong_share + unfinished_share:
+        return Trace(problem.id, TEACHER, reasoning[: max(1, len(reasoning) // 2)], "", finished=False)
+    return Trace(problem.id, TEACHER, reasoning, answer)

@@ -1,0 +1,206 @@
+"""Owns strict headless execution: one notebook through papermill, a whole run through Snakemake. Computes nothing.
+
+python -m tinyr1_utils.stage_runner all --config configs/micro.yaml      # what `make run` calls
+python -m tinyr1_utils.stage_runner stage --config configs/micro.yaml --stage sft --variant math
+python -m tinyr1_utils.stage_runner figures                              # redraw figures/ from published results
+"""
+
+import argparse
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+
+from tinyr1_utils.artifacts import EXECUTED, MANIFEST
+from tinyr1_utils.config import RunConfig, StageParameters, load_config, nearest, project_root, stage_parameters
+
+
+class PrefixedLines(io.TextIOBase):
+    """Passes whole lines on to stdout, each behind the stage's name, so that parallel stages stay readable."""
+
+    def __init__(self, prefix: str):
+        self.prefix, self.rest = prefix, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            print(f"{self.prefix}  {line.split(chr(13))[-1]}", flush=True)
+        return len(text)
+
+
+def notebook_parameters(notebook) -> dict[str, object]:
+    """Names and default values of the cell tagged `parameters`; it holds literals only, so nothing is executed."""
+    import ast
+
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            assigned = [n for n in ast.parse(cell.source).body if isinstance(n, ast.AnnAssign)]
+            return {n.target.id: ast.literal_eval(n.value) for n in assigned}
+    raise ValueError("the notebook has no cell tagged 'parameters'")
+
+
+def check_parameters(path: Path, given: dict[str, object], known: dict[str, object]) -> None:
+    """ValueError for a name that the notebook does not know: papermill alone would only warn and use its default."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{path.name}: unknown parameter {name!r}{nearest(name, known)}")
+
+
+def cell_title(cell) -> str:
+    """The first line of a cell, shortened, for the progress line."""
+    first = next((line for line in cell.source.splitlines() if line.strip() and not line.startswith("%")), "")
+    return first[:60]
+
+
+def execute(parameters: StageParameters) -> Path:
+    """Run one stage's notebook headless with these parameters; the executed copy lies in the stage's folder.
+
+    Raises SystemExit(1) after printing the notebook, the failing cell's error and the path of the executed copy.
+    """
+    import nbformat
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    root, label = project_root(), f"{parameters.stage}/{parameters.variant}"
+    source = root / "notebooks" / f"{parameters.notebook}.ipynb"
+    notebook = nbformat.read(source, as_version=4)
+    given = parameters.model_dump()
+    check_parameters(source, given, notebook_parameters(notebook))
+    executed = root / parameters.run_dir / label / EXECUTED
+    try:
+        executed.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{label}: can not write to {executed.parent}: {error.strerror}")
+    code_cells = sum(cell.cell_type == "code" for cell in notebook.cells) + 1  # and the injected parameters
+    seen: list[int] = []
+
+    def on_cell_start(cell, cell_index):
+        if cell.cell_type == "code":
+            seen.append(cell_index)
+            print(f"{label}  cell {len(seen)} of {code_cells}: {cell_title(cell)}", flush=True)
+
+    started = time.monotonic()
+    try:
+        papermill.execute_notebook(
+            source,
+            executed,
+            parameters=given,
+            kernel_name="python3",
+            cwd=source.parent,
+            progress_bar=False,
+            log_output=True,
+            stdout_file=PrefixedLines(label),
+            on_cell_start=on_cell_start,
+        )
+    except PapermillExecutionError as error:
+        fail(
+            f"{label} failed in notebook {source.name}, code cell {len(seen)} of {code_cells}:\n"
+            f"  {error.ename}: {error.evalue}\n  executed copy: {executed.relative_to(root)}"
+        )
+    if not (executed.parent / MANIFEST).is_file():
+        fail(f"{label}: {source.name} ended without writing {MANIFEST}; see {executed.relative_to(root)}")
+    print(f"{label}  done in {time.monotonic() - started:.0f} s", flush=True)
+    return executed
+
+
+def fail(message: str) -> None:
+    """Print one clear message and end with exit code 1."""
+    print(f"\nERROR  {message}\n", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def snakemake_command(arguments: argparse.Namespace, config: RunConfig) -> list[str]:
+    """The Snakemake call of a run. Locking is ours (released when the process dies), as is the final message."""
+    settings = [f"run_config={arguments.config}", f"data_root={arguments.data_root}"]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(project_root() / "Snakefile")]
+    command += ["--directory", str(project_root()), "--nolock", "--rerun-incomplete", "--keep-going"]
+    command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "host", "reason"]
+    command += ["--profile", arguments.profile] if arguments.profile else ["--cores", str(arguments.cores)]
+    command += ["--dry-run"] if arguments.dry_run else []
+    return [*command, "--config", *settings]
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Every stage of a config through Snakemake, then where to look. Exit code 1 when a stage failed."""
+    config = load_config(arguments.config, data_root=arguments.data_root)
+    run_dir = project_root() / config.run_dir
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(run_dir / ".run.lock")
+        lock.acquire(timeout=0)
+    except OSError as error:
+        if isinstance(error, filelock.Timeout):
+            fail(f"another `make run` is using {config.run_dir}; wait for it or stop it")
+        fail(f"can not write to the run folder {config.run_dir}: {error.strerror}")
+    process = subprocess.Popen(snakemake_command(arguments, config), start_new_session=True)
+    try:
+        code = process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    if code:
+        fail(f"run {config.name} did not finish; what is done is kept, and the same command goes on from there")
+    if not arguments.dry_run:
+        print_where(config, run_dir)
+
+
+def print_where(config: RunConfig, run_dir: Path) -> None:
+    """Where the report, the tables and the figures of a finished run are."""
+    for variant in config.analysis.variants:
+        folder = (run_dir / "analysis" / variant).relative_to(project_root())
+        print(
+            f"\nrun {config.name} is done\n  report   {folder}/report.html\n  tables   {folder}/tables/\n"
+            f"  figures  {folder}/figures/\n  notebooks with outputs   {config.run_dir}/*/*/{EXECUTED}"
+        )
+
+
+def redraw_figures(arguments: argparse.Namespace) -> None:
+    """Redraw figures/ from the committed results of the published runs."""
+    from tinyr1_utils.figures import redraw_published
+
+    redraw_published(project_root() / "papermill_runs" / "published", project_root() / "figures")
+
+
+def run_stage(arguments: argparse.Namespace) -> None:
+    """One stage of a config."""
+    config = load_config(arguments.config, data_root=arguments.data_root)
+    execute(stage_parameters(config, arguments.stage, arguments.variant, arguments.config))
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tinyr1_utils.stage_runner", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    everything = commands.add_parser("all", help="every stage of a config, through Snakemake")
+    everything.add_argument("--cores", type=int, default=os.cpu_count(), help="jobs' cores in all (default: all)")
+    everything.add_argument("--profile", default="", help="a Snakemake profile, e.g. configs/slurm")
+    everything.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+    everything.set_defaults(action=run_all)
+    stage = commands.add_parser("stage", help="one stage variant, through papermill")
+    stage.add_argument("--stage", required=True)
+    stage.add_argument("--variant", required=True)
+    stage.set_defaults(action=run_stage)
+    for command in (everything, stage):
+        command.add_argument("--config", required=True, help="a YAML file of configs/")
+        command.add_argument("--data-root", default="", help="folder with local data files (default: the hub)")
+    figures = commands.add_parser("figures", help="redraw figures/ from papermill_runs/published")
+    figures.set_defaults(action=redraw_figures)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; bad configuration ends in one sentence, not in a traceback."""
+    arguments = parse_arguments(argv)
+    try:
+        arguments.action(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()
