@@ -127,6 +127,7 @@ def test_seeds_give_different_texts():
         ("Planetary density will decrease.", r"Planetary density will decrease, {}\."),
         ("5 cm. ", r"5 cm, {}\. "),
         ("in the U.S.", r"in the U\.S\., {}"),
+        ("at 5 p.m. ", r"at 5 p\.m\., {} "),
         ("Does it rain?", r"Does it rain\? \({}\)"),
         ("...", r"\.\.\., {}"),
         ("x = 3;", r"x = 3, {};"),

@@ -3,23 +3,22 @@
 Does not draw, does not format and writes nothing. Rates are shares in [0, 1]; `low` and `high` bound the normal
 interval at the column `confidence`, from a standard error clustered by problem; `origin` is `this run` or `reported`.
 Models come in the order backbone, branches, mixture, merged models. What a run has not finished is left out of the
-frames and named by `missing`.
+frames and named by `status.missing`.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from tinyr1_utils import looks
-from tinyr1_utils.artifacts import PROVENANCE, completed, manifest_path, output, read_json, sha256_file
-from tinyr1_utils.config import BACKBONE, STAGES, RunConfig, from_root, load_config, names, upstream
+from tinyr1_utils.artifacts import completed, output
+from tinyr1_utils.config import BACKBONE, names
 from tinyr1_utils.metrics import Estimate, clustered_mean, interval, paired_difference
 from tinyr1_utils.records import DOMAINS, Score, require_records
 
-REPORTED_FILE = Path(__file__).with_name("reported.csv")
 MODEL = ["origin", "model", "kind", "benchmark", "domain"]
 ESTIMATE = ["stderr", "low", "high", "n_problems", "confidence"]
 ACCURACY = [*MODEL, "pass_at_1", *ESTIMATE, "n_samples", "truncation_rate", "output_tokens"]
@@ -33,7 +32,6 @@ FUNNEL = ["variant", "domain", "step", "filter", "rows", "tokens", "kept_share",
 LOSS = ["branch", "domains", "step", "tokens", "loss", "held_out_loss", "learning_rate", "grad_norm"]
 BRANCH = ["branch", "domains", "steps", "tokens", "train_loss", "held_out_loss_before", "held_out_loss"]
 BRANCH += ["utilisation", "changed_fraction"]
-COST = ["stage", "variant", "seconds", "peak_gib", "devices", "git_commit", "git_dirty"]
 
 
 def _number(value: Any) -> float:
@@ -254,62 +252,6 @@ def branch_frame(run_dir: Path) -> pd.DataFrame:
         for branch, manifest in _branches(completed(run_dir))
     ]
     return pd.DataFrame(rows, columns=BRANCH)
-
-
-def cost_frame(run_dir: Path) -> pd.DataFrame:
-    """Seconds and peak memory of every finished variant; columns COST.
-
-    From provenance.json, which differs between identical runs: keep it out of what a manifest lists.
-    """
-    rows = []
-    for name in completed(run_dir):
-        stage, variant = name.split("/", 1)
-        file = run_dir / name / PROVENANCE
-        facts = read_json(file) if file.is_file() else {}
-        facts["devices"] = "; ".join(facts.get("devices", []))
-        rows.append({"stage": stage, "variant": variant} | facts)
-    return pd.DataFrame(rows, columns=COST)
-
-
-def stage_costs(costs: pd.DataFrame) -> pd.DataFrame:
-    """`cost_frame` by stage: count of variants, sum of seconds (variants may have run side by side), highest peak."""
-    totals = {"variants": ("variant", "count"), "seconds": ("seconds", "sum"), "peak_gib": ("peak_gib", "max")}
-    return costs.groupby("stage", sort=False).agg(**totals).reset_index()
-
-
-def manifest_digests(run_dir: Path) -> dict[str, str]:
-    """The SHA-256 of every finished upstream manifest: the inputs of the analysis."""
-    return {
-        name: sha256_file(manifest_path(run_dir, name))
-        for name in completed(run_dir)
-        if not name.startswith("analysis/")
-    }
-
-
-def _implied(run_dir: Path) -> set[str]:
-    """What a run folder itself promises: stages begun, what their manifests read, an evaluation of every model."""
-    run = completed(run_dir)
-    begun = {f"{stage}/{path.name}" for stage in STAGES for path in (run_dir / stage).glob("*") if path.is_dir()}
-    read = {name for manifest in run.values() for name in manifest["inputs"] if name.split("/")[0] in STAGES}
-    made = {name.split("/", 1)[1] for name in run if name.startswith(("sft/", "merge/"))}
-    return begun | read | {f"evaluation/{variant}" for variant in {"backbone", *made}}
-
-
-def missing(run_dir: Path, planned: RunConfig | Iterable[str] | None = None) -> list[str]:
-    """Every planned `stage/variant` before the analysis that is not done, in stage order.
-
-    `planned` is a config or the names; without it, configs/<name of the run>.yaml if there is one, else what the run
-    folder itself implies.
-    """
-    file = from_root(f"configs/{run_dir.name}.yaml")
-    if planned is None and file.is_file():
-        planned = load_config(file)
-    if isinstance(planned, RunConfig):
-        planned = upstream(planned, "analysis", "")
-    wanted = dict.fromkeys(sorted(_implied(run_dir)) if planned is None else planned)
-    done = completed(run_dir)
-    absent = [name for name in wanted if name not in done and not name.startswith("analysis/")]
-    return sorted(absent, key=lambda name: list(STAGES).index(name.split("/")[0]))
 
 
 def main_metrics(accuracy: pd.DataFrame, absent: list[str]) -> dict[str, Any]:

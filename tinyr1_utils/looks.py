@@ -36,7 +36,9 @@ LOOKS: dict[str, Look] = {
     "longer_right": Look("right option longer", "#0173B2", "o"),
     "longer_wrong": Look("wrong options longer", "#C27500", "^"),
     "true_false": Look("true / false statements", "#029E73", "v"),
+    "problem_type": Look("problem type", "#029E73", "v"),
     "nouns": Look("nouns replaced", "#A85AA0", "P"),
+    "all_changes": Look("all three kinds", "#4D4D4D", "s"),
 }
 
 # Models of the TinyR1 paper: the short label and the model of ours that plays the same part, if one does.

@@ -92,7 +92,7 @@ def _lengthened(option: str, ratio: float, rng: random.Random) -> str:
     clauses = ", ".join(_clauses(math.ceil(ratio * len(option)) - len(option), rng))
     if _ASKS.search(option):
         return f"{option} ({clauses})"
-    core = option if _DOT_BELONGS.search(option) else _FINAL_MARK.sub("", option, count=1)
+    core = option.rstrip() if _DOT_BELONGS.search(option) else _FINAL_MARK.sub("", option, count=1)
     core = core or option
     return f"{core}, {clauses}{option[len(core) :]}"
 
@@ -181,14 +181,15 @@ _CITIES = """Amsterdam Athens Atlanta Baltimore Barcelona Beijing Berlin Bern Bo
 # What replaces them: other cultures, Latin script, no diacritics, no English word, none of the names above.
 _OTHERS = {
     "female": """Adaeze Aiko Ayelet Baheera Chiamaka Dilnoza Eszter Folasade Gulnara Hyejin Ingrid Jadwiga Kalpana
-        Lakshmi Makena Meera Nasrin Nomvula Oksana Piroska Rukmini Saoirse Shabnam Sinazo Thandiwe Tuulikki Wambui Xiulan
-        Yasmin Zsofia Zuleikha""",
+        Lakshmi Makena Meera Nasrin Nomvula Oksana Piroska Rukmini Saoirse Shabnam Sinazo Thandiwe Tuulikki Wambui
+        Xiulan Yasmin Zsofia Zuleikha""",
     "male": """Abebe Adewale Bohdan Chidi Dmitri Eamon Farhad Gintaras Haruki Ikenna Jiro Kwame Lamine Matteo Mehmet
         Nikhil Oluwaseun Piotr Quang Rajesh Rustam Sanjeev Sipho Takeshi Tendai Ulrik Vikram Wojtek Yusuf Yerlan Zoltan
         Zubair""",
     "either": "Arinze Bayo Dao Eun Hinata Kiran Makoto Minh Nilu Rinchen Simran Tenzin Thuy Tumelo Yuki Zawadi",
     "city": """Almaty Ankara Bamako Bogota Bursa Cusco Dakar Durban Gdansk Hanoi Izmir Kampala Kigali Kyoto Lahore
-        Lusaka Maputo Medellin Niamey Porto Pune Riga Rosario Sapporo Tallinn Tbilisi Utrecht Vilnius Windhoek Zagreb""",
+        Lusaka Maputo Medellin Niamey Porto Pune Riga Rosario Sapporo Tallinn Tbilisi Utrecht Vilnius Windhoek
+        Zagreb""",
 }
 # Never replaced, whichever list above they may be put on: planets and stars, units and the scientists behind them,
 # months, places, and words that open an English sentence as often as a name does.
@@ -214,17 +215,17 @@ _TECHNICAL_BESIDE = {
     "Isaac": r"gravit\w+|laws?",
 }
 _GEOGRAPHY = re.compile(
-    r"""\b(?:climat\w*|weather|temperatures?|rain\w*|snow\w*|precipitation|latitude|longitude|equator|hemispheres?|oceans?
-    |coast\w*|seas?|rivers?|lakes?|mountains?|deserts?|islands?|cit(?:y|ies)|towns?|capital|countr(?:y|ies)|states?
-    |population|continents?|maps?|north\w*|south\w*|east\w*|west\w*|miles|kilometers|flights?|fl(?:y|ies|ew|ying)|trains?
-    |driv\w+|distance|travel\w*|sun\w*|daylight|noon|seasons?|winter|summer|spring|autumn|fall|earthquakes?|tides?|zones?
-    |altitude|elevation|century|wars?|universit\w+|pollution|geograph\w*|Earth|moon)\b""",
+    r"""\b(?:climat\w*|weather|temperatures?|rain\w*|snow\w*|precipitation|latitude|longitude|equator|hemispheres?
+    |oceans?|coast\w*|seas?|rivers?|lakes?|mountains?|deserts?|islands?|cit(?:y|ies)|towns?|capital|countr(?:y|ies)
+    |states?|population|continents?|maps?|north\w*|south\w*|east\w*|west\w*|miles|kilometers|flights?
+    |fl(?:y|ies|ew|ying)|trains?|driv\w+|distance|travel\w*|sun\w*|daylight|noon|seasons?|winter|summer|spring|autumn
+    |fall|earthquakes?|tides?|zones?|altitude|elevation|century|wars?|universit\w+|pollution|geograph\w*|earth|moon)\b""",
     re.IGNORECASE | re.VERBOSE,
 )
 _SPELLING = re.compile(r"\b(?:letters?|alphabet\w*|spell\w*|initials|anagrams?|palindromes?)\b", re.IGNORECASE)
 _OPENERS = _words(
-    """After Although And As Ask Assume At Because Before But By Can Could Did Does For From Given Had Has Help How If In
-    Is Last Later Let Meanwhile Next Now On Once Says Should Since So Suppose Tell That Then Though Today Tomorrow To
+    """After Although And As Ask Assume At Because Before But By Can Could Did Does For From Given Had Has Help How If
+    In Is Last Later Let Meanwhile Next Now On Once Says Should Since So Suppose Tell That Then Though Today Tomorrow To
     Was What When Where Which While Who Why With Would Yesterday Aunt Uncle Grandma Grandpa Coach"""
 )
 _GROUPS = {"female": _FEMALE, "male": _MALE, "either": _EITHER, "city": _CITIES}
@@ -252,7 +253,7 @@ def _stands_alone(text: str, start: int, end: int, city: bool) -> bool:
     return not word or word[1][0].islower() or word[1] in _OPENERS
 
 
-def _means_a_role(name: str, problem: Problem, words: set[str]) -> bool:
+def _may_matter(name: str, problem: Problem, words: set[str]) -> bool:
     """Whether `name` may matter: it is also a word of this text, a technical term here, or a place asked about."""
     forms = {name.casefold(), name.casefold() + "s"}
     if any(word != name and word.casefold() in forms for word in words):
@@ -279,7 +280,7 @@ def _replaceable(problem: Problem) -> list[str]:
         return []
     words, answer_words, names = set(_WORD.findall(question)), _answer_words(problem), []
     for name, places in sorted(spans.items()):
-        if {name.casefold(), name.casefold() + "s"} & answer_words or _means_a_role(name, problem, words):
+        if {name.casefold(), name.casefold() + "s"} & answer_words or _may_matter(name, problem, words):
             continue
         shown = name not in _ALSO_WORDS or any(_INSIDE_SENTENCE.search(question[:start]) for start, _ in places)
         if shown and all(_stands_alone(question, *place, _GROUP_OF[name] == "city") for place in places):

@@ -1,0 +1,255 @@
+"""Owns the figures: one function per figure, a tidy frame of `analysis` in, a matplotlib Figure out; and saving them.
+
+Reads no run and computes no statistic. Every figure is 7 in wide (text width) in the style of tinyr1.mplstyle;
+labels, colours and markers come from `looks`. Panels of reported numbers are shaded, their markers hollow.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tinyr1_utils import looks
+from tinyr1_utils.records import atomic_path
+
+STYLE = Path(__file__).with_name("tinyr1.mplstyle")
+TEXT_WIDTH_IN = 7.0
+COLUMNS = 3
+REPORTED_FACE = "#F0F0F0"
+ROW_IN, PANEL_IN = 0.16, 0.62  # height of one row of a panel; of its title, ticks and axis label
+DASHES = ["", (4, 1.5), (1, 1), (3, 1, 1, 1)]
+_styled = plt.style.context(STYLE)
+
+
+def _note(text: str) -> Figure:
+    """A figure that says why there is nothing to draw."""
+    figure = plt.figure(figsize=(TEXT_WIDTH_IN, 0.5))
+    figure.text(0.01, 0.5, text, va="center")
+    plt.close(figure)
+    return figure
+
+
+def _blocks(frame: pd.DataFrame, panel: str) -> list[tuple[str, list[str]]]:
+    """(origin, at most COLUMNS panels) for each line of panels, this run's before the reported ones."""
+    blocks = []
+    for origin in (looks.THIS_RUN, looks.REPORTED):
+        panels = list(dict.fromkeys(frame.loc[frame["origin"] == origin, panel]))
+        blocks += [(origin, panels[i : i + COLUMNS]) for i in range(0, len(panels), COLUMNS)]
+    return blocks
+
+
+def _frame_panel(axes: Axes, rows: list[str], origin: str, title: str) -> None:
+    """Rows named on the y axis, from the top; reported panels shaded and marked."""
+    reported = origin == looks.REPORTED
+    axes.set_title(f"reported: {title}" if reported else title)
+    axes.set_facecolor(REPORTED_FACE if reported else "white")
+    axes.set_yticks(range(len(rows)), [looks.look(row).label for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.margins(x=0.08)
+
+
+def _panels(
+    frame: pd.DataFrame, panel: str, row: str, xlabel: str, ylabel: str, draw: Callable, *, share_x: bool = False
+) -> Figure:
+    """A grid of panels: `draw(axes, positions, part, reported)` for each value of column `panel`.
+
+    Panels of one line share their rows (the values of column `row`); `positions` are the y values of `part`'s rows.
+    """
+    blocks = _blocks(frame, panel)
+    parts = [frame[(frame["origin"] == origin) & frame[panel].isin(panels)] for origin, panels in blocks]
+    rows = [list(dict.fromkeys(part[row])) for part in parts]
+    heights = [ROW_IN * len(names) + PANEL_IN for names in rows]
+    width = max(len(panels) for _, panels in blocks)
+    figure, grid = plt.subplots(
+        len(blocks), width, squeeze=False, figsize=(TEXT_WIDTH_IN, sum(heights)), height_ratios=heights
+    )
+    for line, (origin, panels), part, names in zip(grid, blocks, parts, rows, strict=True):
+        for axes, name in zip(line, panels, strict=False):
+            shown = part[part[panel] == name]
+            domain = shown["domain"].iloc[0] if "domain" in shown else ""
+            draw(axes, [names.index(value) for value in shown[row]], shown, origin == looks.REPORTED)
+            title = f"{domain} ({name})" if domain else looks.look(name).label
+            _frame_panel(axes, names, origin, title)
+            axes.set_xlabel(xlabel)
+            if axes is line[0]:
+                axes.set_ylabel(ylabel)
+            else:
+                axes.tick_params(labelleft=False)
+        if share_x and origin == looks.THIS_RUN:
+            limits = [axes.get_xlim() for axes in line[: len(panels)]]
+            for axes in line[: len(panels)]:
+                axes.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+        for axes in line[len(panels) :]:
+            axes.remove()
+    plt.close(figure)
+    return figure
+
+
+def _dots(axes: Axes, positions: list[int], part: pd.DataFrame, value: str, name: str, reported: bool) -> None:
+    """One marker a row with its interval, in percent or percentage points; hollow and without one where reported."""
+    for y, row in zip(positions, part.to_dict("records"), strict=True):
+        look = looks.look(row[name])
+        x = 100 * row[value]
+        if pd.notna(row["low"]):
+            axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=look.colour, solid_capstyle="butt")
+        face = REPORTED_FACE if reported else look.colour
+        axes.plot(x, y, look.marker, color=look.colour, markerfacecolor=face)
+
+
+@_styled
+def accuracy_by_model(frame: pd.DataFrame) -> Figure:
+    """pass@1 of every model, a panel per benchmark; dashed: the backbone. Frame: `accuracy_frame` (+ reported rows)."""
+    if frame.empty:
+        return _note("accuracy by model: no evaluation is finished")
+
+    def draw(axes, positions, part, reported):
+        _dots(axes, positions, part, "pass_at_1", "model", reported)
+        is_backbone = part["model"].map(lambda name: "backbone" in (name, looks.twin(name)))
+        for value in part.loc[is_backbone, "pass_at_1"].head(1):
+            axes.axvline(100 * value, color=looks.look("backbone").colour, linewidth=0.7, linestyle="--", zorder=0)
+
+    return _panels(frame, "benchmark", "model", "pass@1 (%)", "model", draw)
+
+
+@_styled
+def merge_recipes(frame: pd.DataFrame) -> Figure:
+    """pass@1 minus the domain's own branch, a panel per benchmark. Frame: `merge_frame` (+ reported rows)."""
+    if frame.empty:
+        return _note("merge recipes: no branch and merged model are evaluated on one benchmark")
+
+    def draw(axes, positions, part, reported):
+        axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
+        _dots(axes, positions, part, "difference", "model", reported)
+
+    return _panels(frame, "benchmark", "model", "minus own branch (points)", "model", draw)
+
+
+@_styled
+def stress_drops(frame: pd.DataFrame) -> Figure:
+    """Accuracy under each change minus the unchanged benchmark, a panel per model. Frame: `stress_frame` (+ rows)."""
+    if frame.empty:
+        return _note("stress test: none is finished")
+
+    def draw(axes, positions, part, reported):
+        axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
+        _dots(axes, positions, part, "difference", "change", reported)
+
+    return _panels(frame, "model", "change", "changed − unchanged (points)", "change", draw, share_x=True)
+
+
+@_styled
+def token_lengths(frame: pd.DataFrame) -> Figure:
+    """Output tokens: 10-25-50-75-90 % boxes, the mean, the truncated share. Frame: `token_frame` (+ reported rows)."""
+    if frame.empty:
+        return _note("token lengths: no evaluation is finished")
+
+    def draw(axes, positions, part, reported):
+        shown = part.to_dict("records")
+        for y, row in zip(positions, shown, strict=True):
+            look = looks.look(row["model"])
+            if not reported:
+                axes.plot([row["p10"], row["p90"]], [y, y], color=look.colour, linewidth=0.8)
+                axes.barh(y, row["p75"] - row["p25"], 0.56, row["p25"], color="white", edgecolor=look.colour, zorder=2)
+                axes.plot([row["p50"]] * 2, [y - 0.28, y + 0.28], color=look.colour, linewidth=1.4, zorder=3)
+                cut = f"{100 * row['truncation_rate']:.0f} %"
+                axes.text(1.0, y, cut, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=5.5)
+            face = REPORTED_FACE if reported else look.colour
+            axes.plot(row["mean"], y, look.marker, color=look.colour, markerfacecolor=face, markersize=3.5, zorder=4)
+        reach = max(row["mean"] if reported else max(row["p90"], row["mean"]) for row in shown)
+        axes.set_xlim(0, reach * (1.1 if reported else 1.28))
+
+    return _panels(frame, "benchmark", "model", "output tokens", "model", draw)
+
+
+@_styled
+def curation_funnel(frame: pd.DataFrame) -> Figure:
+    """Rows left after each filter, a panel per curated domain. Frame: `funnel_frame`."""
+    if frame.empty:
+        return _note("curation funnel: no curation is finished")
+
+    def draw(axes, positions, part, reported):
+        colour = looks.look(part["variant"].iloc[0]).colour
+        sns.barplot(x=part["rows"].to_numpy(), y=positions, orient="h", color=colour, saturation=1, width=0.7, ax=axes)
+        for y, row in zip(positions, part.to_dict("records"), strict=True):
+            axes.text(row["rows"], y, f" {row['rows']:,} ({100 * row['kept_share']:.0f} %)", va="center", fontsize=6)
+        axes.set_xlim(0, part["rows"].max() * 1.55)
+
+    own = frame.drop(columns="domain").assign(origin=looks.THIS_RUN)
+    return _panels(own, "variant", "filter", "rows", "after filter", draw)
+
+
+@_styled
+def loss_curves(frame: pd.DataFrame) -> Figure:
+    """Training loss and held-out loss against response tokens, a line per branch. Frame: `loss_frame`."""
+    if frame.empty:
+        return _note("loss curves: no branch is trained")
+    branches = list(dict.fromkeys(frame["branch"]))
+    look = {branch: looks.look(f"sft/{branch}") for branch in branches}
+    names = {branch: look[branch].label for branch in branches}
+    shown = frame.assign(branch=frame["branch"].map(names), thousands=frame["tokens"] / 1000)
+    palette = {names[b]: look[b].colour for b in branches}
+    dashes = {names[b]: DASHES[i % len(DASHES)] for i, b in enumerate(branches)}
+    markers = {names[b]: look[b].marker for b in branches}
+    common = {"x": "thousands", "hue": "branch", "style": "branch", "palette": palette, "dashes": dashes}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH_IN, 2.3))
+    sns.lineplot(shown, y="loss", ax=left, estimator=None, legend=False, **common)
+    held_out = shown.dropna(subset="held_out_loss")
+    sns.lineplot(held_out, y="held_out_loss", ax=right, estimator=None, markers=markers, markeredgewidth=0, **common)
+    for axes, title, label in ((left, "training", "loss (nats per token)"), (right, "held out", "held-out loss")):
+        axes.set(title=title, xlabel="tokens seen (thousands)", ylabel=label, xlim=(0, None))
+    if right.get_legend():
+        right.get_legend().set_title(None)
+    plt.close(figure)
+    return figure
+
+
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    function.__name__: function
+    for function in (accuracy_by_model, merge_recipes, curation_funnel, loss_curves, token_lengths, stress_drops)
+}
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """A frame that `save` wrote: numbers as they were, empty text as empty text."""
+    frame = pd.read_csv(path, float_precision="round_trip")
+    text = frame.select_dtypes(exclude="number").columns
+    return frame.assign(**{name: frame[name].fillna("") for name in text})
+
+
+@_styled
+def save(figure: Figure, frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
+    """Write <name>.pdf, .png and .csv (the frame behind the figure); the same input gives the same bytes.
+
+    No file holds a date or a version of the software. Numbers in the CSV keep nine digits, so that what differs
+    between two machines in the last bit shows no difference.
+    """
+    paths = [Path(folder) / f"{name}.{kind}" for kind in ("pdf", "png", "csv")]
+    with atomic_path(paths[0]) as temporary:
+        figure.savefig(temporary, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    with atomic_path(paths[1]) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    with atomic_path(paths[2]) as temporary:
+        frame.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
+    return paths
+
+
+def redraw_published(published: Path, figures_folder: Path) -> list[Path]:
+    """Redraw every figure of the published runs from their committed frames, without models or manifests.
+
+    Reads published/<run>/analysis/<figure>.csv (the CSV that `save` wrote beside each figure in the run's analysis
+    stage), writes figures_folder/<run>/<figure>.{pdf,png,csv}. A CSV that is no figure's is left alone.
+    """
+    written = []
+    for file in sorted(published.glob("*/analysis/*.csv")):
+        if file.stem in FIGURES:
+            frame = read_frame(file)
+            run = file.parent.parent.name
+            written += save(FIGURES[file.stem](frame), frame, figures_folder / run, file.stem)
+    return written
