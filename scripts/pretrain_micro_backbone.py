@@ -2,7 +2,7 @@
 
     python scripts/pretrain_micro_backbone.py --config models/micro-backbone/pretrain.yaml --out models/micro-backbone
 
-The corpus is generated (tinyr1_utils.micro_problems): mostly the easy half of each domain, so that the backbone knows
+The corpus is generated (tinyr1_utils.micro_problems): mostly the common part of each domain, so that the backbone knows
 every domain in part and branches have something to gain. The first checkpoint whose three held-out scores all lie in
 the configured range becomes the backbone; otherwise the script fails and says what the scores were.
 """
@@ -36,9 +36,9 @@ def corpus(config: dict) -> list[dict]:
     """Prompt and completion of every pretraining sample, shuffled with the config's seed."""
     rng, rows = random.Random(config["seed"]), []
     for domain in DOMAINS:
-        easy = generate(domain, "train", config["easy_problems"][domain], config["seed"], easy=True)
+        common = generate(domain, "train", config["common_problems"][domain], config["seed"], common_only=True)
         full = generate(domain, "train", config["full_problems"], config["seed"] + 1)
-        for problem in easy * config["easy_repeats"][domain] + full:
+        for problem in common * config["common_repeats"][domain] + full:
             answer = teach(problem, seed=config["seed"]).text
             if domain == "science" and rng.random() < config["statement_share"]:
                 right = LETTERS.index(problem.reference)
@@ -84,9 +84,7 @@ def held_out_scores(model, tokenizer, n_problems: int) -> dict[str, float]:
     scores = {}
     for domain in DOMAINS:
         problems = generate(domain, "validation", n_problems, seed=99)
-        prompts = [
-            tokenizer.apply_chat_template(chat(p), add_generation_prompt=True, tokenize=False) for p in problems
-        ]
+        prompts = [tokenizer.apply_chat_template(chat(p), add_generation_prompt=True, tokenize=False) for p in problems]
         batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         output = model.generate(
             **batch, max_new_tokens=200, do_sample=False, pad_token_id=tokenizer.pad_token_id, use_cache=True
@@ -139,7 +137,7 @@ def train(model, tokenizer, rows: list[dict], config: dict) -> tuple[list[dict],
     Right padding needs no attention mask under causal attention, since padding carries no loss.
     """
     settings, rng = config["trainer"], random.Random(config["seed"])
-    low, high = config["score_range"]
+    ranges = config["score_range"]
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings["learning_rate"],
@@ -147,7 +145,9 @@ def train(model, tokenizer, rows: list[dict], config: dict) -> tuple[list[dict],
         weight_decay=settings["weight_decay"],
         fused=True,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / settings["warmup_steps"]))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / settings["warmup_steps"])
+    )
     encoded, checkpoints, step = encode(rows, tokenizer), [], 0
     for _ in range(settings["epochs"]):
         for ids, labels in batches(encoded, settings["batch_tokens"], rng):
@@ -165,7 +165,7 @@ def train(model, tokenizer, rows: list[dict], config: dict) -> tuple[list[dict],
                 row = {"step": step, **held_out_scores(model, tokenizer, config["scored_problems"])}
                 checkpoints.append(row)
                 print(json.dumps(row), flush=True)
-                if all(low <= row[domain] <= high for domain in DOMAINS):
+                if all(ranges[domain][0] <= row[domain] <= ranges[domain][1] for domain in DOMAINS):
                     return checkpoints, row
     return checkpoints, None
 

@@ -240,7 +240,7 @@ def loss_frame(run_dir: Path) -> pd.DataFrame:
     """The loss curves of every branch and mixture; columns LOSS, `held_out_loss` NaN where it was not measured."""
     parts = []
     for branch, manifest in _branches(completed(run_dir)):
-        curve = pd.read_csv(output(run_dir, f"sft/{branch}", "loss.csv"), float_precision="round_trip")
+        curve = pd.read_csv(output(run_dir, f"sft/{branch}", "loss.csv"))
         parts.append(curve.assign(branch=branch, domains=manifest["parameters"]["domains"]))
     return pd.concat(parts, ignore_index=True).reindex(columns=LOSS) if parts else pd.DataFrame(columns=LOSS)
 

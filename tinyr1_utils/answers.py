@@ -18,6 +18,8 @@ from tinyr1_utils.records import LETTERS, Problem
 
 # Longer texts are never a plain number, and an exponent of more digits would not fit into memory.
 MAX_NUMBER_CHARACTERS = 300
+# math-verify needs minutes for longer ones, and no reference of any benchmark comes near.
+MAX_EXPRESSION_CHARACTERS = 2000
 UNIT_LETTERS = frozenset("mgsLlhNJWVAKCFPT")
 NOT_UNITS = frozenset(
     "or and to plus minus times over mod pi e sqrt sin cos tan log ln exp infinity hundred thousand million billion "
@@ -28,14 +30,16 @@ NUMBER = re.compile(
     rf"(?P<sign>[+-]?)\s*(?:(?P<whole>\d+)\s+(?=\d+\s*/))?(?P<top>{PLAIN})(?:\s*/\s*(?P<bottom>{PLAIN}))?"
     r"(?:(?:[eE]|\s*(?:\\times|\\cdot|[×*x])\s*10\s*\^)\{?(?P<power>[+-]?\d{1,3})\}?)?"
 )
-LAST_NUMBER = re.compile(rf"(?:(?<![\w)\]}}.])-)?\$?(?<![\w.])(?:{PLAIN})(?:/\d+)?(?:[eE][+-]?\d+)?")
+LAST_NUMBER = re.compile(
+    r"(?:(?<![\w)\]}.])-)?\$?(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?(?:[eE][+-]?\d+)?"
+)
 WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol)\s*\{([^{}]*)\}")
 PHRASE = r"(?i:answer|option|choice)[*_\s]*(?i:is|:|=)[*_:\s$]*"
-PHRASE_LETTER = re.compile(PHRASE + r"(?:\\\w+\{)?(?P<open>\(?)(?P<letter>[A-Ja-j])(?![\w'’])(?P<rest>.*)")
+PHRASE_LETTER = re.compile(PHRASE + r"(?:\\\w+\{)?(?P<open>\(?)(?P<letter>[A-Ja-j])(?![\w'’])(?=(?P<rest>.{0,40}))")
 PHRASE_TRUTH = re.compile(PHRASE + r"\(?(true|false)\b", re.IGNORECASE)
 # "Answer: A train ..." is no letter, "the answer is A because ..." is one.
 SENTENCE = re.compile(r"\s+(?!(?:because|since|as|which|for|in|is|with)\b)[a-z]|\s*(?:or|and|,|/)\s*[A-J]\b")
-FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)[^`]*")
 
 
 class GraderError(RuntimeError):
@@ -59,6 +63,8 @@ def last_boxed(text: str) -> str | None:
 
     Escaped braces do not count. One pass, so that a megabyte of unbalanced boxes costs no more than its length.
     """
+    if "\\boxed" not in text:
+        return None
     stack, best = [], None
     for token in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):
         if token.group() in ("\\{", "\\}"):
@@ -129,7 +135,7 @@ def extract_number(text: str) -> str | None:
     box = last_boxed(final)
     if box is not None:
         return box or None
-    marked = re.findall(r"^\s*####[ \t]*(\S[^\n]*)", final, re.MULTILINE)
+    marked = re.findall(r"^[ \t]*####[ \t]*(\S[^\n]*)", final, re.MULTILINE)
     if marked:
         return marked[-1].strip()
     numbers = LAST_NUMBER.findall(final)
@@ -146,13 +152,28 @@ def extract_expression(text: str) -> str | None:
     return extract_number(text)
 
 
+def _code_blocks(text: str) -> list[tuple[str, str]]:
+    """(name, code) of every closed fenced block. By lines: a regular expression over the text is quadratic."""
+    blocks, name, lines = [], None, []
+    for line in text.splitlines(keepends=True):
+        fence = FENCE.fullmatch(line)
+        if not fence:
+            lines.append(line)
+        elif name is not None and not fence[1]:
+            blocks.append((name, "".join(lines)))
+            name = None
+        else:  # a second opening: the block before it was never closed
+            name, lines = fence[1].lower(), []
+    return blocks
+
+
 def extract_code(text: str) -> str | None:
     """The last closed Python block of the final answer, else its last closed block of any name, else None.
 
     An open block is a truncated program and no answer.
     """
-    blocks = FENCE.findall(final_text(text))
-    python = [code for name, code in blocks if name.lower() in ("python", "py", "python3")]
+    blocks = _code_blocks(final_text(text))
+    python = [code for name, code in blocks if name in ("python", "py", "python3")]
     return (python or [code for _, code in blocks] or [None])[-1]
 
 
@@ -227,7 +248,7 @@ def _serve() -> None:
 
     import math_verify  # noqa: F401  (3 s, paid once before the first request)
 
-    replies, sys.stdout = sys.stdout, open(os.devnull, "w")
+    replies, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # 9^9^9^9 fills the memory before the time is up
     print("{}", file=replies, flush=True)
@@ -298,7 +319,8 @@ def _ask(request: dict, timeout_s: float) -> dict:
 def same_expression(answer: str, reference: str, timeout_s: float = 5.0) -> bool:
     """Whether `answer` equals `reference`: as text, as plain numbers exactly, else by math-verify.
 
-    Deviation from math-verify: two plain numbers are compared exactly, where it rounds to six digits.
+    Deviation from math-verify: two plain numbers are compared exactly, where it rounds to six digits, and an
+    answer beyond 2,000 characters is unequal unless it is the same text.
     Raises GraderTimeout (a TimeoutError) past `timeout_s` seconds, GraderError where math-verify fails on the pair:
     neither says that the answer is wrong. May be called from threads (they take turns).
     """
@@ -306,6 +328,8 @@ def same_expression(answer: str, reference: str, timeout_s: float = 5.0) -> bool
         return True
     if number_value(answer) is not None and number_value(reference) is not None:
         return same_number(answer, reference)
+    if len(answer) > MAX_EXPRESSION_CHARACTERS:
+        return False
     pair = f"{answer[:80]!r} against {reference[:80]!r}"
     try:
         reply = _ask({"answer": answer, "reference": reference}, timeout_s)

@@ -1,4 +1,4 @@
-"""Owns where a backbone's weights come from: a local folder, a package that carries them, or the hub. Trains nothing."""
+"""Owns where a backbone's weights come from: a local folder, a package that carries them, or the hub."""
 
 import importlib.util
 import os
@@ -10,6 +10,16 @@ import filelock
 
 from tinyr1_utils.config import from_root, nearest, project_root
 
+# Files that make a model usable beside its weights; a branch and a merged model take them over unchanged.
+COMPANION_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 

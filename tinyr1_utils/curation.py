@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import pandas as pd
+
 from tinyr1_utils import sandbox
 from tinyr1_utils.answers import extract_code, grade_text
 from tinyr1_utils.config import CurationParameters
@@ -93,7 +95,7 @@ def judge_verified(rows: list[Row], parameters: CurationParameters) -> Iterable[
     A row that can not be checked (no reference, no tests) is kept or dropped as `unverifiable` says.
     """
     jobs = [
-        (extract_code(row.trace.text) or "", row.problem.tests, row.problem.setup)
+        sandbox.Job(extract_code(row.trace.text) or "", row.problem.tests, row.problem.setup)
         for row in rows
         if row.problem.answer_kind == "code" and row.problem.tests
     ]
@@ -198,3 +200,15 @@ def rejected_records(selection: Selection, broken: list[BrokenLine]) -> list[dic
         for b in broken
     ]
     return rows + lines
+
+
+def funnel_frame(selection: Selection, domain: str) -> pd.DataFrame:
+    """The funnel of one domain as `figures.curation_funnel` takes it."""
+    frame = pd.DataFrame(selection.funnel).assign(variant=domain, domain=domain)
+    return frame.assign(step=range(len(frame)), kept_share=frame["rows"] / frame["rows"].iloc[0])
+
+
+def length_frame(selection: Selection) -> pd.DataFrame:
+    """Tokens of every row that was read and the filter that it left at, or `kept`: columns tokens, left_at."""
+    rows = [(row.tokens, "kept") for row in selection.kept] + [(r.row.tokens, r.filter) for r in selection.rejected]
+    return pd.DataFrame(rows, columns=["tokens", "left_at"])

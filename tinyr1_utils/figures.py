@@ -51,8 +51,16 @@ def _frame_panel(axes: Axes, rows: list[str], origin: str, title: str) -> None:
     axes.set_yticks(range(len(rows)), [looks.look(row).label for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.margins(x=0.08)
+
+
+def _title(record: pd.Series, panel: str) -> str:
+    """What a panel shows: domain and benchmark, a reported benchmark, or a model on its benchmark."""
+    if panel == "benchmark":
+        own = record["origin"] == looks.THIS_RUN
+        return f"{record['domain']} ({record['benchmark']})" if own else record["benchmark"]
+    return ", ".join(part for part in (looks.look(record[panel]).label, record.get("benchmark", "")) if part)
 
 
 def _panels(
@@ -73,10 +81,8 @@ def _panels(
     for line, (origin, panels), part, names in zip(grid, blocks, parts, rows, strict=True):
         for axes, name in zip(line, panels, strict=False):
             shown = part[part[panel] == name]
-            domain = shown["domain"].iloc[0] if "domain" in shown else ""
             draw(axes, [names.index(value) for value in shown[row]], shown, origin == looks.REPORTED)
-            title = f"{domain} ({name})" if domain else looks.look(name).label
-            _frame_panel(axes, names, origin, title)
+            _frame_panel(axes, names, origin, _title(shown.iloc[0], panel))
             axes.set_xlabel(xlabel)
             if axes is line[0]:
                 axes.set_ylabel(ylabel)
@@ -88,8 +94,14 @@ def _panels(
                 axes.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
         for axes in line[len(panels) :]:
             axes.remove()
+    figure.align_ylabels(grid[:, 0])
     plt.close(figure)
     return figure
+
+
+def _size(look: looks.Look) -> float:
+    """Points; a star needs more of them to be seen as one."""
+    return 6.5 if look.marker == "*" else 4.5
 
 
 def _dots(axes: Axes, positions: list[int], part: pd.DataFrame, value: str, name: str, reported: bool) -> None:
@@ -100,7 +112,7 @@ def _dots(axes: Axes, positions: list[int], part: pd.DataFrame, value: str, name
         if pd.notna(row["low"]):
             axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=look.colour, solid_capstyle="butt")
         face = REPORTED_FACE if reported else look.colour
-        axes.plot(x, y, look.marker, color=look.colour, markerfacecolor=face)
+        axes.plot(x, y, look.marker, color=look.colour, markerfacecolor=face, markersize=_size(look))
 
 
 @_styled
@@ -161,9 +173,17 @@ def token_lengths(frame: pd.DataFrame) -> Figure:
                 cut = f"{100 * row['truncation_rate']:.0f} %"
                 axes.text(1.0, y, cut, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=5.5)
             face = REPORTED_FACE if reported else look.colour
-            axes.plot(row["mean"], y, look.marker, color=look.colour, markerfacecolor=face, markersize=3.5, zorder=4)
+            axes.plot(
+                row["mean"],
+                y,
+                look.marker,
+                color=look.colour,
+                markerfacecolor=face,
+                markersize=0.8 * _size(look),
+                zorder=4,
+            )
         reach = max(row["mean"] if reported else max(row["p90"], row["mean"]) for row in shown)
-        axes.set_xlim(0, reach * (1.1 if reported else 1.28))
+        axes.set_xlim(0, reach * (1.1 if reported else 1.4))
 
     return _panels(frame, "benchmark", "model", "output tokens", "model", draw)
 
@@ -205,7 +225,8 @@ def loss_curves(frame: pd.DataFrame) -> Figure:
     for axes, title, label in ((left, "training", "loss (nats per token)"), (right, "held out", "held-out loss")):
         axes.set(title=title, xlabel="tokens seen (thousands)", ylabel=label, xlim=(0, None))
     if right.get_legend():
-        right.get_legend().set_title(None)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(branches))
+        right.get_legend().remove()
     plt.close(figure)
     return figure
 
@@ -218,7 +239,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
 
 def read_frame(path: Path) -> pd.DataFrame:
     """A frame that `save` wrote: numbers as they were, empty text as empty text."""
-    frame = pd.read_csv(path, float_precision="round_trip")
+    frame = pd.read_csv(path)
     text = frame.select_dtypes(exclude="number").columns
     return frame.assign(**{name: frame[name].fillna("") for name in text})
 
@@ -240,6 +261,13 @@ def save(figure: Figure, frame: pd.DataFrame, folder: Path, name: str) -> list[P
     return paths
 
 
+def drawn(name: str, frame: pd.DataFrame, folder: Path) -> Figure:
+    """Draw one of FIGURES and save it. Returns the figure, for a notebook to show."""
+    figure = FIGURES[name](frame)
+    save(figure, frame, folder, name)
+    return figure
+
+
 def redraw_published(published: Path, figures_folder: Path) -> list[Path]:
     """Redraw every figure of the published runs from their committed frames, without models or manifests.
 
@@ -249,7 +277,6 @@ def redraw_published(published: Path, figures_folder: Path) -> list[Path]:
     written = []
     for file in sorted(published.glob("*/analysis/*.csv")):
         if file.stem in FIGURES:
-            frame = read_frame(file)
-            run = file.parent.parent.name
-            written += save(FIGURES[file.stem](frame), frame, figures_folder / run, file.stem)
+            frame, folder = read_frame(file), figures_folder / file.parent.parent.name
+            written += save(FIGURES[file.stem](frame), frame, folder, file.stem)
     return written

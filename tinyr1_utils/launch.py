@@ -1,5 +1,6 @@
 """Owns starting a job of one or several processes and never leaving one behind. Knows nothing of what the job does."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -41,7 +42,12 @@ def command(parameters: SftParameters, module: str, arguments: Sequence[str]) ->
     return [sys.executable, "-m", "deepspeed.launcher.runner", *options, "--module", module, *arguments]
 
 
-def run(arguments: Sequence[str], on_line: Callable[[str], None] = print, environment: dict | None = None) -> None:
+def run(
+    arguments: Sequence[str],
+    on_line: Callable[[str], None] = print,
+    environment: dict[str, str] | None = None,
+    folder: Path | None = None,
+) -> None:
     """Run a command in its own process group, hand over its output line by line, and wait.
 
     Whatever ends this call early (an interrupt, an error in `on_line`) kills the whole group first. Raises
@@ -54,7 +60,7 @@ def run(arguments: Sequence[str], on_line: Callable[[str], None] = print, enviro
         text=True,
         errors="replace",
         env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
-        cwd=Path.cwd(),
+        cwd=folder,
         start_new_session=True,
         preexec_fn=_die_with_parent,
     )
@@ -73,8 +79,6 @@ def run(arguments: Sequence[str], on_line: Callable[[str], None] = print, enviro
 
 
 def _kill_group(process: subprocess.Popen) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()

@@ -19,6 +19,8 @@ PEOPLE = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jan
 OBJECTS = ("apples", "books", "cards", "coins", "eggs", "keys", "pens", "shells", "stamps", "toys")
 PLACES = ("Bern", "Cairo", "Lima", "Oslo", "Paris", "Quito", "Rome", "Seoul", "Tunis", "Vienna")
 TEACHER = "micro-script"
+# A domain is a common part, which the backbone was pretrained on, and a harder rest that branches have to learn.
+COMMON_SHARE = 0.4
 
 
 def split_of(content: str) -> str:
@@ -58,10 +60,10 @@ MATH_OPERATIONS: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def _math_step(value: int, rng: random.Random, easy: bool) -> tuple[str, int]:
-    largest = 9 if easy else 60
+def _math_step(value: int, rng: random.Random, common: bool) -> tuple[str, int]:
+    largest = 9 if common else 60
     choices = ["+"] + ["-"] * (value > 3)
-    if not easy:
+    if not common:
         choices += ["*"] * (2 <= value <= 40) + ["/"] * any(value % n == 0 and value > n for n in (2, 3, 4, 5))
     operation = rng.choice(choices)
     if operation == "+":
@@ -73,11 +75,11 @@ def _math_step(value: int, rng: random.Random, easy: bool) -> tuple[str, int]:
     return operation, rng.choice([n for n in (2, 3, 4, 5) if value % n == 0 and value > n])
 
 
-def _math(rng: random.Random, easy: bool) -> Problem:
-    start = value = rng.randint(3, 30 if easy else 80)
+def _math(rng: random.Random, common: bool) -> Problem:
+    start = value = rng.randint(3, 30 if common else 80)
     steps = []
-    for _ in range(rng.randint(1, 2) if easy else rng.randint(1, 4)):
-        operation, n = _math_step(value, rng, easy)
+    for _ in range(rng.randint(1, 2) if common else rng.randint(1, 4)):
+        operation, n = _math_step(value, rng, common)
         steps.append([operation, n])
         value = MATH_OPERATIONS[operation](value, n)
     name, thing = rng.choice(PEOPLE), rng.choice(OBJECTS)
@@ -134,7 +136,7 @@ CODE_RESULTS: dict[str, tuple[str, str, Callable[[list[int]], object]]] = {
     "smallest": ("returns the smallest, or 0 if there is none", "min(xs, default=0)", lambda xs: min(xs, default=0)),
     "set": ("returns how many different numbers there are", "len(set(xs))", lambda xs: len(set(xs))),
 }
-EASY_STEPS, EASY_RESULTS = tuple(CODE_STEPS)[:8], tuple(CODE_RESULTS)[:4]
+COMMON_STEPS, COMMON_RESULTS = tuple(CODE_STEPS)[:8], tuple(CODE_RESULTS)[:4]
 
 
 def _code_expected(steps: list[list], result: str, numbers: list[int]) -> object:
@@ -150,10 +152,10 @@ def _code_tests(steps: list[list], result: str, content: str) -> tuple[str, ...]
     return tuple(f"assert solve({xs}) == {_code_expected(steps, result, list(xs))}" for xs in inputs)
 
 
-def _code(rng: random.Random, easy: bool) -> Problem:
-    names = rng.sample(EASY_STEPS if easy else tuple(CODE_STEPS), rng.randint(1, 2) if easy else rng.randint(1, 3))
-    steps = [[name, rng.randint(2, 9)] for name in names]
-    result = rng.choice(EASY_RESULTS if easy else tuple(CODE_RESULTS))
+def _code(rng: random.Random, common: bool) -> Problem:
+    known = COMMON_STEPS if common else tuple(CODE_STEPS)
+    steps = [[name, rng.randint(2, 9)] for name in rng.sample(known, rng.randint(1, 2 if common else 3))]
+    result = rng.choice(COMMON_RESULTS if common else tuple(CODE_RESULTS))
     words = [CODE_STEPS[name][0].format(n=n) for name, n in steps] + [CODE_RESULTS[result][0]]
     question = "Write a Python function solve(xs) that " + ", then ".join(words) + "."
     content = "|".join([*(CODE_STEPS[name][1].format(n=n) for name, n in steps), result])
@@ -210,9 +212,9 @@ FORMULAS: dict[str, tuple[str, str, str, Callable[[int, int], tuple[int, int, in
         lambda a, t: (a * t, t, a),
     ),
 }
-EASY_FORMULAS = ("speed", "distance", "force")
+COMMON_FORMULAS = ("speed", "distance", "force")
 CONVERSIONS = (("km", "m"), ("m", "cm"), ("kg", "g"), ("hour", "minute"), ("minute", "s"), ("L", "mL"), ("day", "hour"))
-EASY_CONVERSIONS = CONVERSIONS[:3]
+COMMON_CONVERSIONS = CONVERSIONS[:3]
 
 
 @functools.cache
@@ -254,20 +256,20 @@ def _formula_text(compound) -> str:
     return "".join(symbol + (str(count) if count > 1 else "") for symbol, count in compound)
 
 
-def _science_item(rng: random.Random, easy: bool) -> tuple[str, str, list[str], int, str, list[int]]:
+def _science_item(rng: random.Random, common: bool) -> tuple[str, str, list[str], int, str, list[int]]:
     """(content, question, worked lines, answer, unit, plausible wrong values)."""
-    family = rng.choice(("formula", "formula", "conversion") + (() if easy else ("molar_mass",)))
+    family = rng.choice(("formula", "formula", "conversion") + (() if common else ("molar_mass",)))
     if family == "formula":
-        name = rng.choice(EASY_FORMULAS if easy else tuple(FORMULAS))
+        name = rng.choice(COMMON_FORMULAS if common else tuple(FORMULAS))
         question, formula, unit, function = FORMULAS[name]
-        first, second, answer = function(rng.randint(2, 12 if easy else 30), rng.randint(2, 9))
+        first, second, answer = function(rng.randint(2, 12 if common else 30), rng.randint(2, 9))
         sign = formula[formula.index("=") :].split()[2]
         lines = [f"{formula}", f"{first} {sign} {second} = {answer}"]
         wrong = [first + second, abs(first - second), first, first * second if sign == "/" else first * second + second]
         return f"{name}|{first}|{second}", question.format(a=first, b=second), lines, answer, unit, wrong
     if family == "conversion":
-        source, target = rng.choice(EASY_CONVERSIONS if easy else CONVERSIONS)
-        factor, amount = conversion_factor(source, target), rng.randint(2, 12 if easy else 60)
+        source, target = rng.choice(COMMON_CONVERSIONS if common else CONVERSIONS)
+        factor, amount = conversion_factor(source, target), rng.randint(2, 12 if common else 60)
         answer = amount * factor
         lines = [f"1 {source} = {factor} {target}", f"{amount} * {factor} = {answer}"]
         question = f"a length of time, space or mass reads {amount} {source}. How much is it in {target}"
@@ -288,8 +290,8 @@ def _science_item(rng: random.Random, easy: bool) -> tuple[str, str, list[str], 
     return f"molar|{text}", f"a sample of {text} is weighed. What is its molar mass", lines, total, "g/mol", wrong
 
 
-def _science(rng: random.Random, easy: bool) -> Problem:
-    content, body, lines, answer, unit, wrong = _science_item(rng, easy)
+def _science(rng: random.Random, common: bool) -> Problem:
+    content, body, lines, answer, unit, wrong = _science_item(rng, common)
     wrong = sorted({value for value in wrong if value > 0 and value != answer})
     while len(wrong) < 3:
         wrong.append(answer + len(wrong) + 2)
@@ -327,18 +329,18 @@ GENERATORS = {"math": _math, "code": _code, "science": _science}
 TRACERS = {"math": _math_trace, "code": _code_trace, "science": _science_trace}
 
 
-def generate(domain: str, split: str, n_problems: int, seed: int, *, easy: bool = False) -> list[Problem]:
+def generate(domain: str, split: str, n_problems: int, seed: int, *, common_only: bool = False) -> list[Problem]:
     """`n_problems` different problems of one domain and split, in an order that the seed fixes.
 
-    `easy` draws from the part of the domain that the backbone was pretrained on: fewer steps, smaller numbers,
-    half of the operations and formulas. Raises ValueError when the split holds fewer different problems.
+    COMMON_SHARE of them come from the domain's common part (fewer steps, smaller numbers, half of the operations
+    and formulas); `common_only` draws that part alone. Raises ValueError when the split holds fewer problems.
     """
-    rng = random.Random(f"{domain}|{split}|{seed}|{easy}")
+    rng = random.Random(f"{domain}|{split}|{seed}|{common_only}")
     problems: dict[str, Problem] = {}
     for _ in range(200 * n_problems + 1000):
         if len(problems) == n_problems:
             return list(problems.values())
-        problem = GENERATORS[domain](rng, easy)
+        problem = GENERATORS[domain](rng, common_only or rng.random() < COMMON_SHARE)
         if split_of(problem.metadata["content"]) == split:
             problems.setdefault(problem.id, problem)
     raise ValueError(f"micro-{domain} {split}: only {len(problems)} different problems, {n_problems} asked for")

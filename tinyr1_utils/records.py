@@ -1,4 +1,4 @@
-"""Owns what is on disk as JSON lines: Problem, Trace, Completion, Score. Does not know where the files lie or who writes them."""
+"""Owns what is on disk as JSON lines: Problem, Trace, Completion, Score. Does not know where the files lie."""
 
 import dataclasses
 import json

@@ -73,8 +73,9 @@ def _harness():
     """What runs inside: limits, then setup, program and tests in one module; writes `nonce status detail` lines.
 
     Its source is sent to the system's Python, so it imports its own modules and keeps to the language of Python 3.6.
-    It takes hold of everything it calls before the program can replace it.
+    It takes hold of what it calls in other modules before the program can replace it.
     """
+    import builtins
     import errno
     import json
     import os
@@ -90,13 +91,11 @@ def _harness():
     soft = request["memory_mb"] << 20
     hard = soft + (32 << 20)  # what is left to report a full memory
     for name, limits in dict(request["limits"], AS=(soft, hard)).items():
-        resource.setrlimit(
-            getattr(resource, "RLIMIT_" + name), limits if isinstance(limits, tuple) else (limits, limits)
-        )
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), tuple(limits))
 
     def report(status, detail="", write=os.write, getpid=os.getpid):
         if getpid() == owner:  # a program that forks has two harnesses
-            line = " ".join([nonce, status] + detail.split())[:400]
+            line = " ".join([nonce, status, *detail.split()])[:400]
             write(fd, (line + "\n").encode("utf-8", "replace"))
 
     def failure(error, where, setrlimit=resource.setrlimit, limit=resource.RLIMIT_AS, full=(errno.EFBIG, errno.ENOSPC)):
@@ -109,21 +108,20 @@ def _harness():
         status = "output_limit" if issubclass(kind, OSError) and error.errno in full else "runtime_error"
         return status, "%s: %s: %s" % (where, kind.__name__, str(error)[:200])  # noqa: UP031
 
-    leave, run, translate, settrace, where = os._exit, exec, compile, sys.settrace, "setup"
-    module = types.ModuleType("solution")  # not __main__: a program's own entry point stays quiet
-    sys.modules["solution"] = module
+    leave, settrace, where = os._exit, sys.settrace, "setup"
+    # Not __main__, so that a program's own entry point stays quiet; with the real builtins, not the harness's copy.
+    module = types.ModuleType("solution")
+    sys.modules["solution"], module.__builtins__ = module, builtins
     # A test that does not compile is the benchmark's fault: it ends the harness before it is ready.
-    tests = [
-        ("test " + str(number), compile(test, "test.py", "exec")) for number, test in enumerate(request["tests"], 1)
-    ]
+    tests = [("test %d" % i, compile(test, "test.py", "exec")) for i, test in enumerate(request["tests"], 1)]  # noqa: UP031
     report("ready")
     try:
         for part in ("setup", "program"):
             where = part
-            run(translate(request[part], part + ".py", "exec"), module.__dict__)
+            exec(compile(request[part], part + ".py", "exec"), module.__dict__)
         for where, code in tests:  # noqa: B007
             settrace(None)
-            run(code, module.__dict__)
+            exec(code, module.__dict__)
     except BaseException as error:
         report(*failure(error, where))
     else:
@@ -185,7 +183,8 @@ def _command() -> tuple[str, ...]:
     # The hash seed makes set order, and with it the verdict, the same in every run; -I would ignore it. What -I
     # shuts out, the empty environment and the harness shut out.
     start = ["--setenv", "PYTHONHASHSEED", "0", "--chdir", "/tmp", "--", python, "-s", "-S", "-B", "-c"]
-    program = inspect.getsource(_harness) + "\n_harness()"
+    # Its own copy of the builtins: what a program puts in place of BaseException must not reach the harness.
+    program = f"exec({inspect.getsource(_harness) + '_harness()'!r}, {{'__builtins__': dict(vars(__builtins__))}})"
     return (find_bubblewrap(), *options.split(), *_system_binds(), *binds, *devices, *folders, *start, program)
 
 
@@ -252,9 +251,9 @@ def _feed(stream, request: bytes) -> None:
 def _run_once(job: Job, time_limit_s: float, memory_mb: int, output_kb: int) -> Verdict:
     """One sandbox from start to the death of its whole tree."""
     nonce = secrets.token_hex(16)
-    cpu_s = math.ceil(time_limit_s) + 1
-    one_file = SCRATCH_MB << 20
-    limits = {"CPU": cpu_s, "NPROC": PROCESSES, "NOFILE": OPEN_FILES, "FSIZE": one_file, "CORE": 0}
+    counts = {"NPROC": PROCESSES, "NOFILE": OPEN_FILES, "FSIZE": SCRATCH_MB << 20, "CORE": 0}
+    counts["CPU"] = math.ceil(time_limit_s) + 1
+    limits = {name: (count, count) for name, count in counts.items()}
     fields = {**dataclasses.asdict(job), "nonce": nonce, "memory_mb": memory_mb, "limits": limits}
     result_fd, write_fd = os.pipe()
     try:

@@ -1,6 +1,6 @@
 """Owns branch SFT: an SFT set and a backbone in, a branch out, through TRL's SFTTrainer. Selects no data.
 
-    python -m tinyr1_utils.sft --job job.json     # what notebook 02 launches, alone or under torchrun / deepspeed
+python -m tinyr1_utils.sft --job job.json     # what notebook 02 launches, alone or under torchrun / deepspeed
 """
 
 import argparse
@@ -12,30 +12,36 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
+
 from tinyr1_utils import launch
 from tinyr1_utils.artifacts import Stage, output, read_json, write_json
-from tinyr1_utils.backbones import resolve_backbone
+from tinyr1_utils.backbones import COMPANION_FILES, resolve_backbone
 from tinyr1_utils.config import SftParameters, names, validated
 from tinyr1_utils.packing import PackedRow, Sample, collate, pack, utilisation
 from tinyr1_utils.records import BrokenLine, atomic_path, read_lines
 
-LOSS_COLUMNS = ("step", "loss", "held_out_loss", "learning_rate", "grad_norm")
+LOSS_COLUMNS = ("step", "tokens", "loss", "held_out_loss", "learning_rate", "grad_norm")
 COMPLETE = "complete"  # in a checkpoint folder: everything in it was written
-# Files that make a model usable beside its weights; a branch and a merged model take them over unchanged.
-COMPANION_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def sft_sets(stage: Stage) -> list[Path]:
     """The selected.jsonl of every domain that this branch learns, checked against their manifests."""
     return [output(stage.run_dir, f"curation/{domain}", "selected.jsonl") for domain in names(stage.parameters.domains)]
+
+
+def set_frame(stage: Stage) -> pd.DataFrame:
+    """What this branch learns: columns domain, rows, tokens, mean_tokens, max_tokens."""
+    rows = []
+    for domain, path in zip(names(stage.parameters.domains), sft_sets(stage), strict=True):
+        tokens = pd.read_json(path, lines=True)["tokens"]
+        rows.append((domain, len(tokens), int(tokens.sum()), round(tokens.mean(), 1), int(tokens.max())))
+    return pd.DataFrame(rows, columns=["domain", "rows", "tokens", "mean_tokens", "max_tokens"])
+
+
+def loss_frame(stage: Stage) -> pd.DataFrame:
+    """The loss curve of this stage as `figures.loss_curves` takes it."""
+    return pd.read_csv(stage.path("loss.csv")).assign(branch=stage.variant, domains=stage.parameters.domains)
 
 
 def read_samples(files: list[Path], tokenizer) -> list[Sample]:
@@ -182,12 +188,12 @@ def progress_callback(tokens_per_step: float):
     return Progress()
 
 
-def loss_rows(history: list[dict]) -> list[dict]:
-    """The trainer's log as one row per step with LOSS_COLUMNS; later entries of a step win."""
+def loss_rows(history: list[dict], tokens_per_step: float) -> list[dict]:
+    """The trainer's log as one row per step with LOSS_COLUMNS; later entries of a step win, tokens are the mean's."""
     rows: dict[int, dict] = {}
     for entry in history:
         row = rows.setdefault(entry["step"], dict.fromkeys(LOSS_COLUMNS, ""))
-        row["step"] = entry["step"]
+        row["step"], row["tokens"] = entry["step"], round(tokens_per_step * entry["step"])
         for name, column in (("loss", "loss"), ("eval_loss", "held_out_loss")):
             if name in entry:
                 row[column] = round(float(entry[name]), 6)
@@ -293,7 +299,7 @@ def train(job: dict) -> None:
     after = trainer.evaluate()["eval_loss"] if held_out_rows else None
     save_branch(trainer, backbone, folder / "branch", parameters.branch_dtype)
     if trainer.is_world_process_zero():
-        curve = loss_rows([entry for entry in trainer.state.log_history if entry["step"] > 0])
+        curve = loss_rows([entry for entry in trainer.state.log_history if entry["step"] > 0], tokens_per_step)
         write_loss(folder / "loss.csv", curve)
         losses = [row["loss"] for row in curve if row["loss"] != ""]
         last = losses[-max(1, len(losses) // 10) :]

@@ -1,0 +1,115 @@
+"""A small run folder with the manifests, scores and loss curves of every stage, from a seeded generator; no model."""
+
+import random
+from pathlib import Path
+
+from tinyr1_utils.artifacts import describe_output, write_json
+from tinyr1_utils.records import DOMAINS, Score, write_records
+
+N_PROBLEMS, N_SAMPLES = 40, 4
+FILTERS = ("read", "complete", "length", "verified", "duplicate", "contaminated")
+RECIPES = ("arcee_fusion", "linear", "task_arithmetic", "ties", "dare_ties")
+MODELS = {"backbone": "backbone"} | {b: f"sft/{b}" for b in (*DOMAINS, "mixture")} | {r: f"merge/{r}" for r in RECIPES}
+CHANGES = {"longer_right": 0.08, "longer_wrong": -0.1, "true_false": 0.2, "nouns": -0.01}
+
+
+def finish(run: Path, name: str, parameters: dict, metrics: dict, inputs: dict | None = None) -> None:
+    """Write manifest and provenance of `stage/variant` over whatever files lie in its folder."""
+    folder = run / name
+    folder.mkdir(parents=True, exist_ok=True)
+    stage, variant = name.split("/")
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in {".jsonl", ".csv"})
+    outputs = {str(p.relative_to(folder)): describe_output(p) for p in files}
+    facts = {"stage": stage, "variant": variant, "parameters": parameters, "inputs": inputs or {}}
+    write_json(folder / "provenance.json", {"seconds": 12.5, "peak_gib": 0.75, "devices": ["CPU"], "git_commit": "abc"})
+    write_json(folder / "manifest.json", facts | {"outputs": outputs, "metrics": metrics})
+
+
+def curation(run: Path, domain: str, rng: random.Random) -> None:
+    rows, funnel = 2400, []
+    for name in FILTERS:
+        funnel.append({"filter": name, "rows": rows, "tokens": rows * 90})
+        rows -= rng.randrange(20, 300)
+    finish(run, f"curation/{domain}", {"domain": domain}, {"funnel": funnel, "broken_lines": 1, "licence": "CC0-1.0"})
+
+
+def branch(run: Path, name: str, rng: random.Random) -> None:
+    lines, loss = ["step,tokens,loss,held_out_loss,learning_rate,grad_norm"], 1.6
+    for step in range(1, 61):
+        loss = 0.95 * loss + rng.uniform(0, 0.04)
+        held_out = f"{loss + 0.05:.4f}" if step % 20 == 0 else ""
+        lines.append(f"{step},{step * 3000},{loss:.4f},{held_out},0.0005,{rng.uniform(0.5, 1):.3f}")
+    folder = run / "sft" / name
+    folder.mkdir(parents=True)
+    (folder / "loss.csv").write_text("\n".join(lines) + "\n")
+    facts = {
+        "steps": 60,
+        "tokens": 180000,
+        "train_loss": loss,
+        "held_out_loss_before": 1.62,
+        "held_out_loss": loss + 0.05,
+    }
+    domains = ",".join(DOMAINS) if name == "mixture" else name
+    finish(run, f"sft/{name}", {"domains": domains}, facts | {"utilisation": 0.93, "changed_fraction": 0.98})
+
+
+def scores(domain: str, share: float, rng: random.Random) -> list[Score]:
+    """Problems of their own difficulty, so that samples of one problem hang together."""
+    rows = []
+    for number in range(N_PROBLEMS):
+        chance = min(max(rng.gauss(share, 0.25), 0), 1)
+        for sample in range(N_SAMPLES):
+            correct, tokens = rng.random() < chance, min(int(rng.lognormvariate(4.4, 0.4)), 224)
+            verdict = "right" if correct else "wrong"
+            rows.append(Score(f"{domain}-{number}", sample, correct, verdict, "1", tokens == 224, tokens))
+    return rows
+
+
+def evaluation(run: Path, variant: str, model: str, rng: random.Random) -> None:
+    benchmarks = {}
+    for domain in DOMAINS:
+        share = 0.3 + (0.3 if variant == domain else 0.2 if variant not in DOMAINS and variant != "backbone" else 0)
+        rows, name = scores(domain, share, rng), f"micro-{domain}"
+        write_records(run / "evaluation" / variant / f"scores-{name}.jsonl", rows)
+        benchmarks[name] = {
+            "domain": domain,
+            "n_problems": N_PROBLEMS,
+            "n_samples": N_SAMPLES,
+            "pass_at_1": sum(row.correct for row in rows) / len(rows),
+            "stderr": 0.04,
+            "truncation_rate": sum(row.truncated for row in rows) / len(rows),
+            "output_tokens": sum(row.output_tokens for row in rows) / len(rows),
+        }
+    finish(
+        run,
+        f"evaluation/{variant}",
+        {"model": model},
+        {"benchmarks": benchmarks},
+        {} if model == variant else {model: ""},
+    )
+
+
+def stress(run: Path, variant: str, rng: random.Random) -> None:
+    changes = {}
+    for change, shift in CHANGES.items():
+        difference = shift + rng.uniform(-0.02, 0.02)
+        changes[change] = {"n_problems": 30, "untouched": 10, "accuracy_original": 0.5, "stderr": 0.035}
+        changes[change] |= {"accuracy_changed": 0.5 + difference, "difference": difference}
+    finish(run, f"stress/{variant}", {"model": MODELS[variant]}, {"benchmark": "micro-science", "changes": changes})
+
+
+def build(run: Path, seed: int = 0) -> Path:
+    """Write a whole run under `run` and return it."""
+    rng = random.Random(seed)
+    for domain in DOMAINS:
+        curation(run, domain, rng)
+    for name in (*DOMAINS, "mixture"):
+        branch(run, name, rng)
+    for recipe in RECIPES:
+        parameters = {"recipe": recipe, "merge_order": "math,science,code", "weight": 0.7, "density": 0.5}
+        finish(run, f"merge/{recipe}", parameters, {"parameters": 1900000, "changed_fraction": 0.1})
+    for variant, model in MODELS.items():
+        evaluation(run, variant, model, rng)
+    for variant in ("backbone", "science", "arcee_fusion"):
+        stress(run, variant, rng)
+    return run

@@ -1,0 +1,158 @@
+"""Statistics of a run, what it lacks, the reported numbers, and notebook 06 from end to end."""
+
+import json
+import math
+import shutil
+import statistics
+from pathlib import Path
+
+import fake_run
+import pandas as pd
+import papermill
+import pytest
+
+from tinyr1_utils import analysis, looks, reported, status, tables
+from tinyr1_utils.config import load_config
+from tinyr1_utils.records import Score, write_records
+
+ROOT = Path(__file__).parents[1]
+NORMAL_95 = 1.959963984540054
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fake_run.build(tmp_path_factory.mktemp("runs") / "fake")
+
+
+def write_evaluation(run: Path, variant: str, model: str, rows: list[tuple[str, int, bool]]) -> None:
+    """One benchmark `b` of domain math with the given (problem, sample, correct) rows, 10 tokens each."""
+    scores = [Score(problem, sample, correct, "right", "", False, 10) for problem, sample, correct in rows]
+    write_records(run / "evaluation" / variant / "scores-b.jsonl", scores)
+    facts = {"domain": "math", "n_problems": len({r[0] for r in rows}), "n_samples": 2, "stderr": 0.1}
+    facts |= {"pass_at_1": sum(r[2] for r in rows) / len(rows), "truncation_rate": 0.0, "output_tokens": 10.0}
+    fake_run.finish(run, f"evaluation/{variant}", {"model": model}, {"benchmarks": {"b": facts}})
+
+
+def test_models_come_backbone_branches_mixture_merged(run):
+    frame = analysis.accuracy_frame(run)
+    assert list(dict.fromkeys(frame["model"])) == list(fake_run.MODELS.values())
+    assert list(dict.fromkeys(frame["kind"])) == list(looks.KINDS)
+    assert list(frame.columns) == analysis.ACCURACY and len(frame) == 30
+    row = frame.iloc[0]
+    assert row["high"] - row["low"] == pytest.approx(2 * NORMAL_95 * row["stderr"])
+
+
+def test_gain_is_the_paired_difference_by_hand(tmp_path):
+    backbone = [("p1", 0, True), ("p1", 1, False), ("p2", 0, False), ("p2", 1, False), ("p3", 0, True), ("p3", 1, True)]
+    branch = [("p1", 0, True), ("p1", 1, True), ("p2", 0, True), ("p2", 1, True), ("p3", 0, True), ("p3", 1, True)]
+    write_evaluation(tmp_path, "backbone", "backbone", backbone)
+    write_evaluation(tmp_path, "math", "sft/math", [*branch, ("p4", 0, True)])
+    gain = analysis.gain_frame(tmp_path).iloc[0]
+    differences = [0.5, 1.0, 0.0]
+    stderr = statistics.stdev(differences) / math.sqrt(3)
+    assert (gain["model"], gain["reference"], gain["n_problems"], gain["unpaired"]) == ("sft/math", "backbone", 3, 1)
+    assert gain["difference"] == pytest.approx(0.5) and gain["stderr"] == pytest.approx(stderr)
+    assert gain["low"] == pytest.approx(0.5 - NORMAL_95 * stderr)
+
+
+def test_merge_frame_refers_to_the_domains_own_branch(run):
+    frame = analysis.merge_frame(run)
+    assert set(frame["kind"]) == {"backbone", "mixture", "merged model"}
+    assert (frame["reference"] == "sft/" + frame["domain"]).all()
+    accuracy = analysis.accuracy_frame(run).set_index(["model", "benchmark"])["pass_at_1"]
+    for row in frame.itertuples():
+        expected = accuracy[row.model, row.benchmark] - accuracy[row.reference, row.benchmark]
+        assert row.difference == pytest.approx(expected)
+    assert frame.loc[frame["kind"] == "merged model", "merge_order"].eq("math,science,code").all()
+
+
+def test_average_of_benchmarks(run):
+    accuracy = analysis.accuracy_frame(run)
+    row = analysis.average_frame(accuracy).iloc[0]
+    assert row["pass_at_1"] == pytest.approx(accuracy["pass_at_1"].head(3).mean())
+    assert row["stderr"] == pytest.approx(0.04 / math.sqrt(3)) and row["n_problems"] == 120
+
+
+def test_tokens_funnel_losses_and_stress(run):
+    tokens = analysis.token_frame(run)
+    assert (tokens["p10"] <= tokens["p50"]).all() and (tokens["n_completions"] == 160).all()
+    assert tokens["mean"].to_list() == pytest.approx(analysis.accuracy_frame(run)["output_tokens"].to_list())
+    funnel = analysis.funnel_frame(run)
+    assert funnel["filter"].to_list() == list(fake_run.FILTERS) * 3
+    assert funnel.groupby("variant")["kept_share"].first().eq(1).all()
+    losses = analysis.loss_frame(run)
+    assert list(dict.fromkeys(losses["branch"])) == ["math", "code", "science", "mixture"]
+    assert losses["held_out_loss"].notna().sum() == 12
+    stress = analysis.stress_frame(run, confidence=0.9)
+    assert stress["change"].head(4).to_list() == list(fake_run.CHANGES)
+    assert (stress["high"] - stress["difference"]).to_list() == pytest.approx([1.6448536269514722 * 0.035] * 12)
+
+
+def test_incomplete_run_is_analysed_and_names_what_is_missing(run, tmp_path):
+    part = tmp_path / "part"
+    shutil.copytree(run, part)
+    for name in ("evaluation/ties", "stress/science", "curation/code"):
+        (part / name / "manifest.json").unlink()
+    assert status.missing(part) == ["curation/code", "evaluation/ties", "stress/science"]
+    planned = load_config(ROOT / "configs" / "micro.yaml")
+    assert status.missing(part, planned) == ["curation/code", "evaluation/ties", "stress/science"]
+    assert status.missing(part, ["sft/math", "sft/other"]) == ["sft/other"]
+    assert "merge/ties" not in set(analysis.accuracy_frame(part)["model"])
+    assert set(analysis.funnel_frame(part)["variant"]) == {"math", "science"}
+
+
+def test_empty_run_gives_empty_frames_with_their_columns(tmp_path):
+    for function in (analysis.accuracy_frame, analysis.gain_frame, analysis.merge_frame, analysis.token_frame):
+        assert function(tmp_path).empty and "origin" in function(tmp_path)
+    accuracy = reported.beside(analysis.accuracy_frame(tmp_path), reported.accuracy_rows())
+    assert tables.main_table(accuracy, analysis.average_frame(accuracy)).empty
+    assert (
+        tables.summary(analysis.gain_frame(tmp_path), analysis.merge_frame(tmp_path), pd.DataFrame({"kind": []})) == []
+    )
+    assert analysis.main_metrics(accuracy, ["sft/math"]) == {"models": {}, "missing": ["sft/math"]}
+
+
+def test_costs_come_from_provenance(run):
+    costs = status.cost_frame(run)
+    totals = status.stage_costs(costs).set_index("stage")
+    assert totals.loc["evaluation", "seconds"] == 125.0 and totals.loc["sft", "variants"] == 4
+
+
+@pytest.mark.parametrize(
+    ("table", "model", "benchmark", "metric", "value"),
+    [
+        ("Table 1", "DeepSeek-R1-Distill-Qwen-32B", "AIME24", "pass_at_1_percent", 72.6),
+        ("Table 1", "TinyR1-32B-Preview", "LiveCodeBench", "output_tokens", 12400),
+        ("Table 2", "(math + code) + science", "LiveCodeBench", "pass_at_1_percent", 63.8),
+        ("Table 2", "data mixture", "", "gpu_hours", 740),
+        ("Figure 2", "DARE-TIES", "GPQA-Diamond", "pass_at_1_percent", 34.85),
+        ("Table 3", "science branch", "BBH", "score_percent", 61.1),
+        ("Stress test", "Qwen2.5-1.5B", "MMLU", "accuracy_longer_right_percent", 89),
+    ],
+)
+def test_reported_numbers(table, model, benchmark, metric, value):
+    frame = reported.reported_frame().set_index(["table", "model", "benchmark", "metric"])["value"]
+    assert frame[table, model, benchmark, metric] == value
+
+
+def test_reported_rows_are_marked_and_without_interval(run):
+    frame = reported.beside(analysis.merge_frame(run), reported.merge_rows())
+    rows = frame[frame["origin"] == "reported"].set_index("model")
+    assert rows.loc["Arcee Fusion", "difference"] == pytest.approx(0.0454) and rows["low"].isna().all()
+    drops = pd.DataFrame(reported.stress_rows()).set_index("change")["difference"]
+    assert drops.to_dict() == {"longer_right": 0.29, "longer_wrong": -0.24, "problem_type": -0.25, "all_changes": -0.06}
+
+
+def test_notebook_06_runs_headless(run, tmp_path):
+    target = tmp_path / "fake"
+    shutil.copytree(run, target)
+    notebook = ROOT / "notebooks" / "06_analysis.ipynb"
+    papermill.execute_notebook(
+        notebook, tmp_path / "executed.ipynb", {"run_dir": str(target)}, progress_bar=False, cwd=str(ROOT)
+    )
+    manifest = json.loads((target / "analysis" / "report" / "manifest.json").read_text())
+    assert manifest["inputs"] == status.manifest_digests(target)
+    assert "report.html" in manifest["outputs"] and "figures/stress_drops.pdf" in manifest["outputs"]
+    assert "cost.csv" not in manifest["outputs"] and manifest["metrics"]["missing"] == []
+    assert len(manifest["metrics"]["models"]) == 10
+    assert str(tmp_path) not in (target / "analysis" / "report" / "report.html").read_text()

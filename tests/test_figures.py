@@ -1,0 +1,124 @@
+"""Figures that draw the same bytes twice and clip nothing; tables; the self-contained report."""
+
+import re
+
+import fake_run
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from tinyr1_utils import analysis, figures, reported, tables
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    run = fake_run.build(tmp_path_factory.mktemp("runs") / "fake")
+    return {
+        "accuracy_by_model": reported.beside(analysis.accuracy_frame(run), reported.accuracy_rows()),
+        "merge_recipes": reported.beside(analysis.merge_frame(run), reported.merge_rows()),
+        "curation_funnel": analysis.funnel_frame(run),
+        "loss_curves": analysis.loss_frame(run),
+        "token_lengths": reported.beside(analysis.token_frame(run), reported.token_rows()),
+        "stress_drops": reported.beside(analysis.stress_frame(run), reported.stress_rows()),
+        "gains": analysis.gain_frame(run),
+    }
+
+
+def visible_texts(figure):
+    """Every text that is drawn: not those of ticks outside their axis' view."""
+    hidden = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in axis.get_major_ticks() + axis.get_minor_ticks():
+                if not low <= tick.get_loc() <= high:
+                    hidden |= {id(tick.label1), id(tick.label2)}
+    texts = figure.findobj(plt.Text)
+    return [text for text in texts if text.get_visible() and text.get_text().strip() and id(text) not in hidden]
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figure_has_labels_and_clips_no_text(frames, name):
+    figure = figures.FIGURES[name](frames[name])
+    with plt.style.context(figures.STYLE):
+        figure.canvas.draw()
+    width, height = figure.bbox.width, figure.bbox.height
+    for text in visible_texts(figure):
+        box = text.get_window_extent()
+        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+        assert inside, f"{name}: {text.get_text()!r} is clipped"
+    titles = [axes.title if axes.title.get_text() else axes._left_title for axes in figure.axes]
+    boxes = [title.get_window_extent() for title in titles]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), f"{name}: titles overlap"
+    assert all(axes.get_xlabel() for axes in figure.axes)
+    assert all(axes.get_ylabel() for axes in figure.axes if axes.get_subplotspec().is_first_col())
+    assert figure.get_figwidth() == figures.TEXT_WIDTH_IN
+
+
+def test_figures_save_the_same_bytes_twice_and_redraw_from_their_csv(frames, tmp_path):
+    published = tmp_path / "published" / "micro" / "analysis"
+    for name in ("stress_drops", "loss_curves"):
+        figures.drawn(name, frames[name], published)
+        for path in figures.save(figures.FIGURES[name](frames[name]), frames[name], tmp_path / "again", name):
+            assert path.read_bytes() == (published / path.name).read_bytes(), path.name
+    assert b"CreationDate" not in (published / "stress_drops.pdf").read_bytes()
+    pd.DataFrame({"a": [1]}).to_csv(published / "other.csv")
+    first = {p.name: p.read_bytes() for p in figures.redraw_published(tmp_path / "published", tmp_path / "figures")}
+    second = {p.name: p.read_bytes() for p in figures.redraw_published(tmp_path / "published", tmp_path / "figures")}
+    assert first == second and len(first) == 6
+    assert (tmp_path / "figures" / "micro" / "stress_drops.csv").read_bytes() == first["stress_drops.csv"]
+    assert first["stress_drops.csv"] == (published / "stress_drops.csv").read_bytes()
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_empty_frame_gives_a_note(frames, name):
+    figure = figures.FIGURES[name](frames[name].head(0))
+    assert len(figure.texts) == 1 and not figure.axes
+
+
+def test_frame_survives_its_csv(frames, tmp_path):
+    frame = frames["accuracy_by_model"]
+    figures.drawn("accuracy_by_model", frame, tmp_path)
+    back = figures.read_frame(tmp_path / "accuracy_by_model.csv")
+    pd.testing.assert_frame_equal(frame, back, check_dtype=False, rtol=1e-8)
+
+
+def test_tables_in_three_formats(frames, tmp_path):
+    table = tables.difference_table(frames["gains"])
+    paths = tables.save_table(table.rename(columns={"model": "model_name"}), tmp_path, "gains")
+    markdown, latex, plain = (path.read_text() for path in paths)
+    assert markdown.count("\n") == 11 and "| math branch |" in markdown
+    assert "\\toprule" in latex and "model\\_name" in latex
+    assert plain.splitlines()[0].startswith("model_name,math (micro-math)")
+
+
+def test_main_table_marks_what_is_reported(frames):
+    accuracy = frames["accuracy_by_model"]
+    table = tables.main_table(accuracy, analysis.average_frame(accuracy)).set_index("model")
+    assert table.loc["Arcee Fusion", "reported, 32B: AIME24"] == "78.1"
+    assert table.loc["TIES", "reported, 32B: AIME24"] == tables.EMPTY
+    own = accuracy.iloc[0]
+    assert table.loc["backbone", "math (micro-math)"] == f"{100 * own['pass_at_1']:.1f} ± {100 * own['stderr']:.1f}"
+    assert 'class="data row0 col5 reported"' in tables.styled(table.reset_index()).to_html()
+
+
+def test_report_is_self_contained_and_holds_the_numbers(frames, tmp_path):
+    shown = {name: frames[name] for name in ("stress_drops", "curation_funnel", "loss_curves")}
+    shown["loss_curves"] = shown["loss_curves"].head(0)
+    for name in ("stress_drops", "curation_funnel"):
+        figures.drawn(name, frames[name], tmp_path)
+    accuracy = frames["accuracy_by_model"]
+    average = analysis.average_frame(accuracy)
+    parts = {"main": tables.main_table(accuracy, average), "stress_drops": tables.stress_table(frames["stress_drops"])}
+    said = tables.summary(frames["gains"], frames["merge_recipes"], average)
+    arguments = ("A & B", shown, parts, tmp_path, said, ["sft/code"])
+    text = tables.report_html(tmp_path / "report.html", *arguments).read_text()
+    assert text == tables.report_html(tmp_path / "again.html", *arguments).read_text()
+    sources = re.findall(r'src="([^"]*)"', text)
+    assert len(sources) == 2 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r'(src|href)="(https?:)?//|@import|url\(|<script', text)
+    assert text.count('alt="') == 2 and "A &amp; B" in text and "Not done: sft/code" in text
+    for cell in [*parts["main"].to_numpy().ravel(), *parts["stress_drops"]["difference (points)"]]:
+        assert f">{cell}<" in text, cell
+    assert "n = 30 problems" in text and "95 % normal interval" in text and "No data yet for: loss curves" in text
+    assert str(tmp_path) not in text

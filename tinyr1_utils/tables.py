@@ -1,0 +1,260 @@
+"""Owns the tables and the report: frames of `analysis` -> cells of text -> Markdown, LaTeX, CSV, HTML.
+
+Computes no statistic: it rounds, names, and sets reported numbers beside a run's own, marked as reported. Everything
+it writes has the same bytes for the same input: no time, no path.
+"""
+
+import base64
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+import pandas as pd
+from pandas.io.formats.style import Styler
+
+from tinyr1_utils import looks
+from tinyr1_utils.records import atomic_path
+
+MARK = "reported, "
+EMPTY = "–"
+LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "−": "$-$", "–": "--"}
+
+
+def _percent(value: float, stderr: float | None = None) -> str:
+    """A share as percent with its standard error, where there is one."""
+    if pd.isna(value):
+        return EMPTY
+    return f"{100 * value:.1f}" + ("" if stderr is None or pd.isna(stderr) else f" ± {100 * stderr:.1f}")
+
+
+def _points(row: Any) -> str:
+    """A difference in percentage points with its interval, where there is one."""
+    number = f"{100 * row.difference:+.1f}"
+    return number if pd.isna(row.low) else f"{number} [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
+
+
+def _wide(frame: pd.DataFrame, row: str, column: Callable[[Any], str], cell: Callable[[Any], str]) -> pd.DataFrame:
+    """One line per value of `row`, one column per value of `column(record)`, in the frame's order."""
+    cells: dict[str, dict[str, str]] = {}
+    columns = dict.fromkeys(column(record) for record in frame.itertuples())
+    for record in frame.itertuples():
+        cells.setdefault(getattr(record, row), {})[column(record)] = cell(record)
+    lines = [
+        {row: looks.look(name).label} | {key: values.get(key, EMPTY) for key in columns}
+        for name, values in cells.items()
+    ]
+    return pd.DataFrame(lines, columns=[row, *columns])
+
+
+def _with_twins(table: pd.DataFrame, own: pd.DataFrame, reported: pd.DataFrame, cell: Callable) -> pd.DataFrame:
+    """`table` with a column per reported benchmark, filled where a reported model plays the part of a row's model."""
+    cells = {(looks.twin(r.model), f"{MARK}32B: {r.benchmark}"): cell(r) for r in reported.itertuples()}
+    models = list(dict.fromkeys(own["model"]))
+    for column in dict.fromkeys(column for _, column in cells):
+        table[column] = [cells.get((model, column), EMPTY) for model in models]
+    return table
+
+
+def main_table(accuracy: pd.DataFrame, average: pd.DataFrame) -> pd.DataFrame:
+    """Models x benchmarks, pass@1 ± stderr in percent, their mean, and what TinyR1 reports for the same part."""
+    own, reported = (accuracy[accuracy["origin"] == origin] for origin in (looks.THIS_RUN, looks.REPORTED))
+    table = _wide(own, "model", lambda r: f"{r.domain} ({r.benchmark})", lambda r: _percent(r.pass_at_1, r.stderr))
+    means = {r.model: _percent(r.pass_at_1, r.stderr) for r in average.itertuples()}
+    table["mean"] = [means.get(model, EMPTY) for model in dict.fromkeys(own["model"])]
+    return _with_twins(table, own, reported, lambda r: _percent(r.pass_at_1))
+
+
+def difference_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Models x benchmarks of a gain or merge frame: paired difference in points [low, high]."""
+
+    def column(record) -> str:
+        domain = f"{record.domain} ({record.benchmark})"
+        return domain if record.origin == looks.THIS_RUN else f"{MARK}{record.benchmark}"
+
+    own, reported = (frame[frame["origin"] == origin] for origin in (looks.THIS_RUN, looks.REPORTED))
+    return _with_twins(_wide(own, "model", column, _points), own, reported, _points)
+
+
+def token_table(tokens: pd.DataFrame) -> pd.DataFrame:
+    """Models x benchmarks: mean output tokens ± stderr (truncated share)."""
+    own, reported = (tokens[tokens["origin"] == origin] for origin in (looks.THIS_RUN, looks.REPORTED))
+
+    def cell(record) -> str:
+        stderr = "" if pd.isna(record.stderr) else f" ± {record.stderr:.1f}"
+        return f"{record.mean:.1f}{stderr} ({100 * record.truncation_rate:.1f} % cut)"
+
+    table = _wide(own, "model", lambda r: f"{r.domain} ({r.benchmark})", cell)
+    return _with_twins(table, own, reported, lambda r: f"{r.mean:.0f}")
+
+
+def stress_table(stress: pd.DataFrame) -> pd.DataFrame:
+    """One line per model x change: accuracy before and after in percent, paired difference in points [low, high]."""
+    lines = [
+        {
+            "origin": r.origin,
+            "model": looks.look(r.model).label,
+            "change": looks.look(r.change).label,
+            "unchanged (%)": _percent(r.accuracy_original),
+            "changed (%)": _percent(r.accuracy_changed),
+            "difference (points)": _points(r),
+            "problems": EMPTY if pd.isna(r.n_problems) else f"{r.n_problems:.0f}",
+            "untouched": EMPTY if pd.isna(r.untouched) else f"{r.untouched:.0f}",
+        }
+        for r in stress.itertuples()
+    ]
+    return pd.DataFrame(lines)
+
+
+def funnel_table(funnel: pd.DataFrame) -> pd.DataFrame:
+    """Filters x domains: rows left (share of the rows read), and the tokens left."""
+    return _wide(
+        funnel, "filter", lambda r: r.variant, lambda r: f"{r.rows:,} ({100 * r.kept_share:.1f} %), {r.tokens:,} tokens"
+    )
+
+
+def branch_table(branches: pd.DataFrame) -> pd.DataFrame:
+    """What each SFT run did: steps, tokens, losses, shares in percent."""
+    lines = [
+        {
+            "branch": looks.look(f"sft/{r.branch}").label,
+            "steps": f"{r.steps:,}",
+            "tokens": f"{r.tokens:,}",
+            "train loss": f"{r.train_loss:.3f}",
+            "held-out loss before": f"{r.held_out_loss_before:.3f}",
+            "after": f"{r.held_out_loss:.3f}",
+            "packing utilisation (%)": _percent(r.utilisation),
+            "changed elements (%)": _percent(r.changed_fraction),
+        }
+        for r in branches.itertuples()
+    ]
+    return pd.DataFrame(lines)
+
+
+def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
+    """`status.stage_costs` in words: minutes summed over variants, the highest peak memory."""
+    lines = [
+        {"stage": r.stage, "variants": r.variants, "minutes": f"{r.seconds / 60:.1f}", "peak_gib": f"{r.peak_gib:.2f}"}
+        for r in costs.itertuples()
+    ]
+    return pd.DataFrame(lines)
+
+
+def reported_table(reported: pd.DataFrame) -> pd.DataFrame:
+    """Every reported number as printed, with its source."""
+    table = reported[["table", "model", "benchmark", "metric", "value", "source"]]
+    return table.assign(value=table["value"].map("{:g}".format)).replace("", EMPTY)
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """A GitHub-flavoured table; the first column to the left, numbers to the right."""
+    lines = [list(table.columns), ["---"] + ["---:"] * (len(table.columns) - 1), *table.astype(str).to_numpy().tolist()]
+    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def to_latex(table: pd.DataFrame) -> str:
+    """A booktabs tabular, to be wrapped in a table environment by the paper."""
+
+    def escaped(text: Any) -> str:
+        return "".join(LATEX.get(letter, letter) for letter in str(text))
+
+    columns = [escaped(name) for name in table.columns]
+    safe = pd.DataFrame([[escaped(cell) for cell in line] for line in table.to_numpy()], columns=columns)
+    return safe.style.hide(axis="index").to_latex(hrules=True, column_format="l" + "r" * (len(columns) - 1))
+
+
+def styled(table: pd.DataFrame, name: str = "table") -> Styler:
+    """The table as a notebook and the report show it: reported columns and lines have the class `reported`."""
+    marks = pd.DataFrame("", index=table.index, columns=table.columns)
+    marks.loc[:, [str(column).startswith(MARK) for column in table.columns]] = "reported"
+    if "origin" in table:
+        marks.loc[table["origin"] == looks.REPORTED] = "reported"
+    style = table.style.hide(axis="index").format(escape="html").format_index(escape="html", axis=1)
+    grey = {"selector": ".reported", "props": "background-color: #f0f0f0; color: #444; font-style: italic"}
+    return style.set_td_classes(marks).set_table_styles([grey]).set_uuid(name)
+
+
+def save_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
+    """Write <name>.md, .tex and .csv. Returns their paths."""
+    texts = {
+        "md": to_markdown(table),
+        "tex": to_latex(table),
+        "csv": table.to_csv(index=False, lineterminator="\n"),
+    }
+    for kind, text in texts.items():
+        with atomic_path(Path(folder) / f"{name}.{kind}") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [Path(folder) / f"{name}.{kind}" for kind in texts]
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(
+        "report.html.j2"
+    )
+
+
+def _count(frame: pd.DataFrame) -> str:
+    """`150 problems`, or the range where estimates differ in it."""
+    counts = frame["n_problems"].dropna() if "n_problems" in frame else pd.Series(dtype=float)
+    if counts.empty:
+        return "no problems"
+    low, high = int(counts.min()), int(counts.max())
+    return f"{low} problems" if low == high else f"{low} to {high} problems"
+
+
+def summary(gains: pd.DataFrame, merges: pd.DataFrame, average: pd.DataFrame) -> list[str]:
+    """What the run says in a few sentences: branches on their own domain, means, merged models against branches."""
+    said = []
+    own = gains[(gains["kind"] == "branch") & (gains["model"] == "sft/" + gains["domain"])]
+    for row in own.itertuples():
+        said.append(f"{looks.look(row.model).label} minus backbone on {row.benchmark}: {_points(row)} points.")
+    for kind in looks.KINDS:
+        group = average[average["kind"] == kind]
+        if len(group) and kind != "branch":
+            best = group.loc[group["pass_at_1"].idxmax()]
+            which = f"best of {len(group)} {kind}s by mean" if len(group) > 1 else kind
+            mean = _percent(best["pass_at_1"], best["stderr"])
+            said.append(f"Mean over the benchmarks, {which}: {looks.look(best['model']).label}, {mean} %.")
+    merged = merges[merges["kind"] == "merged model"]
+    if len(merged):
+        above, below = int((merged["low"] > 0).sum()), int((merged["high"] < 0).sum())
+        said.append(
+            f"Merged models against the domain's own branch, {len(merged)} comparisons, uncorrected: "
+            f"{above} better, {below} worse, {len(merged) - above - below} with an interval that holds 0."
+        )
+    return said
+
+
+def report_html(
+    path: Path,
+    title: str,
+    frames: dict[str, pd.DataFrame],
+    tables: dict[str, pd.DataFrame],
+    figures_folder: Path,
+    said: list[str],
+    absent: list[str],
+) -> Path:
+    """Write one self-contained HTML page: summary, main table, each figure with caption, table and caveats.
+
+    `frames` and `tables` are keyed by the figure's name (`tables` also by `main`, `gains`, `reported`);
+    figures_folder/<name>.png is embedded. A figure whose frame is empty is left out and named as missing data.
+    """
+    shown = {name: frame for name, frame in frames.items() if not frame.empty}
+    images = {name: base64.b64encode((figures_folder / f"{name}.png").read_bytes()).decode() for name in shown}
+    html = {name: markupsafe.Markup(styled(table, name).to_html()) for name, table in tables.items() if len(table)}
+    level = next((f"{100 * frame['confidence'].max():g}" for frame in shown.values() if "confidence" in frame), "")
+    text = _template().render(
+        title=title,
+        said=said,
+        absent=absent,
+        images=images,
+        tables=html,
+        counts={name: _count(frame) for name, frame in shown.items()},
+        left_out=[name.replace("_", " ") for name in frames if name not in shown],
+        level=level,
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
