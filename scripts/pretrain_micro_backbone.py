@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -80,7 +81,6 @@ def held_out_scores(model, tokenizer, n_problems: int) -> dict[str, float]:
 
     Code is compared with the teacher's program text, so nothing is executed here: a lower bound.
     """
-    model.eval()
     scores = {}
     for domain in DOMAINS:
         problems = generate(domain, "validation", n_problems, seed=99)
@@ -93,7 +93,6 @@ def held_out_scores(model, tokenizer, n_problems: int) -> dict[str, float]:
         answers = [teach(problem, seed=0).answer for problem in problems]
         right = [text.split("</think>\n")[-1].strip() == answer for text, answer in zip(texts, answers, strict=True)]
         scores[domain] = sum(right) / len(right)
-    model.train()
     return scores
 
 
@@ -130,8 +129,11 @@ def batches(encoded: list[tuple[list[int], int]], batch_tokens: int, rng: random
         yield ids, labels
 
 
-def train(model, tokenizer, rows: list[dict], config: dict) -> tuple[list[dict], dict | None]:
+def train(model, tokenizer, rows: list[dict], config: dict, out: Path) -> tuple[list[dict], dict | None]:
     """Train until a checkpoint has all three scores in the range. Returns every checkpoint's row and the chosen one.
+
+    Checkpoints are running averages of the weights, which removes the noise of a constant learning rate; they are
+    saved in `out` as they are scored.
 
     A plain loop: at two million parameters the trainer's per-step metrics cost more than the model itself.
     Right padding needs no attention mask under causal attention, since padding carries no loss.
@@ -148,6 +150,7 @@ def train(model, tokenizer, rows: list[dict], config: dict) -> tuple[list[dict],
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / settings["warmup_steps"])
     )
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings["weight_average"]))
     encoded, checkpoints, step = encode(rows, tokenizer), [], 0
     for _ in range(settings["epochs"]):
         for ids, labels in batches(encoded, settings["batch_tokens"], rng):
@@ -158,13 +161,15 @@ def train(model, tokenizer, rows: list[dict], config: dict) -> tuple[list[dict],
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+            averaged.update_parameters(model)
             step += 1
             if step % 25 == 0:
                 print(json.dumps({"step": step, "loss": round(loss.item(), 4)}), flush=True)
             if step % settings["score_steps"] == 0:
-                row = {"step": step, **held_out_scores(model, tokenizer, config["scored_problems"])}
+                row = {"step": step, **held_out_scores(averaged.module, tokenizer, config["scored_problems"])}
                 checkpoints.append(row)
                 print(json.dumps(row), flush=True)
+                averaged.module.save_pretrained(out / f"step-{step}")
                 if all(ranges[domain][0] <= row[domain] <= ranges[domain][1] for domain in DOMAINS):
                     return checkpoints, row
     return checkpoints, None
@@ -178,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path(".cache/pretrain"))
     arguments = parser.parse_args()
     config = yaml.safe_load(arguments.config.read_text())
     torch.set_num_threads(config["threads"])
@@ -197,11 +203,12 @@ def main() -> None:
     n_parameters = sum(p.numel() for p in model.parameters())
     model.train()
     print(f"{len(rows)} samples, {n_parameters / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True)
-    checkpoints, chosen = train(model, tokenizer, rows, config)
+    checkpoints, chosen = train(model, tokenizer, rows, config, arguments.work)
     if chosen is None:
         raise SystemExit(f"no checkpoint has all three scores in {config['score_range']}: {checkpoints}")
     record = {"config": config, "parameters": n_parameters, "checkpoints": checkpoints, "chosen": chosen}
-    model.to(torch.bfloat16).save_pretrained(arguments.out)
+    best = Qwen2ForCausalLM.from_pretrained(arguments.work / f"step-{chosen['step']}", dtype=torch.bfloat16)
+    best.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     record["sha256"] = sha256(arguments.out / "model.safetensors")
     (arguments.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -6,6 +6,7 @@ import fake_run
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from tinyr1_utils import analysis, figures, reported, tables
 
@@ -41,7 +42,7 @@ def visible_texts(figure):
 def test_figure_has_labels_and_clips_no_text(frames, name):
     figure = figures.FIGURES[name](frames[name])
     with plt.style.context(figures.STYLE):
-        figure.canvas.draw()
+        FigureCanvasAgg(figure).draw()
     width, height = figure.bbox.width, figure.bbox.height
     for text in visible_texts(figure):
         box = text.get_window_extent()

@@ -271,6 +271,14 @@ class RunConfig(BaseModel):
     stress: StageConfig
     analysis: StageConfig
 
+    @field_validator("resources")
+    @classmethod
+    def known_stages(cls, resources: dict[str, Resources]) -> dict[str, Resources]:
+        for stage in resources:
+            if stage not in STAGES:
+                raise ValueError(f"unknown stage {stage!r}; one of {', '.join(STAGES)}{nearest(stage, STAGES)}")
+        return resources
+
     @property
     def run_dir(self) -> str:
         return f"papermill_runs/{self.name}"

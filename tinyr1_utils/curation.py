@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from tinyr1_utils import sandbox
-from tinyr1_utils.answers import extract_code, grade_text
+from tinyr1_utils.answers import GraderError, extract_code, grade_text
 from tinyr1_utils.config import CurationParameters
 from tinyr1_utils.prompts import chat
 from tinyr1_utils.records import BrokenLine, Problem, Trace
@@ -89,6 +89,14 @@ def judge_length(rows: list[Row], max_seq_tokens: int) -> Iterable[str]:
         yield f"{row.tokens} tokens, the limit is {max_seq_tokens}" if too_long else ""
 
 
+def _text_reason(row: Row) -> str:
+    try:
+        correct, verdict, extracted = grade_text(row.problem, row.trace.text)
+    except GraderError as error:
+        return f"grader error: {error}"
+    return "" if correct else f"{verdict}: {extracted!r} instead of {row.problem.reference!r}"
+
+
 def judge_verified(rows: list[Row], parameters: CurationParameters) -> Iterable[str]:
     """The trace's answer against the reference; code by running its tests in the sandbox.
 
@@ -109,8 +117,7 @@ def judge_verified(rows: list[Row], parameters: CurationParameters) -> Iterable[
         elif row.problem.answer_kind == "code" or not row.problem.reference:
             yield "" if parameters.unverifiable == "keep" else "nothing to verify the answer with"
         else:
-            correct, verdict, extracted = grade_text(row.problem, row.trace.text)
-            yield "" if correct else f"{verdict}: {extracted!r} instead of {row.problem.reference!r}"
+            yield _text_reason(row)
 
 
 def judge_duplicate(rows: list[Row]) -> Iterable[str]:

@@ -11,14 +11,15 @@ from pathlib import Path
 import pandas as pd
 
 from tinyr1_utils import sandbox
-from tinyr1_utils.answers import extract_code, grade_text
+from tinyr1_utils.adapters import STDIN_HARNESS
+from tinyr1_utils.answers import GraderError, extract_code, grade_text
 from tinyr1_utils.artifacts import Stage, output_folder
 from tinyr1_utils.backbones import check_model_folder, resolve_backbone
 from tinyr1_utils.config import BACKBONE, GenerationParameters, from_root
 from tinyr1_utils.generation import ENGINES, sample
 from tinyr1_utils.metrics import clustered_mean
 from tinyr1_utils.records import Completion, Problem, Score, write_records
-from tinyr1_utils.sources import Loaded, benchmark_names, load, source_named
+from tinyr1_utils.sources import Loaded, benchmark_names, load, sample_counts, source_named
 
 
 def model_folder(parameters: GenerationParameters) -> Path:
@@ -50,11 +51,18 @@ def _score(completion: Completion, correct: bool, verdict: str, extracted: str) 
     )  # fmt: skip
 
 
+def runnable(problem: Problem, program: str | None) -> str | None:
+    """The program as the sandbox runs it: one that reads stdin is kept as text, for the tests to run on each input."""
+    if program and problem.metadata.get("calls") == "stdin":
+        return f"_SOURCE = {program!r}\n{STDIN_HARNESS}"
+    return program
+
+
 def grade_code(
     problems: Mapping[str, Problem], completions: Sequence[Completion], parameters: GenerationParameters, on_line=print
 ) -> list[Score]:
     """Run each completion's program against its problem's tests in the sandbox; no program counts as `no_answer`."""
-    programs = [extract_code(completion.text) for completion in completions]
+    programs = [runnable(problems[c.problem_id], extract_code(c.text)) for c in completions]
     jobs = [
         sandbox.Job(program, problems[completion.problem_id].tests, problems[completion.problem_id].setup)
         for program, completion in zip(programs, completions, strict=True)
@@ -80,6 +88,14 @@ def grade_code(
     return scores
 
 
+def grade_one(problem: Problem, completion: Completion) -> Score:
+    """One text completion's score. A grader that could not decide is its own verdict, so that it can be counted."""
+    try:
+        return _score(completion, *grade_text(problem, completion.text))
+    except GraderError as error:
+        return _score(completion, False, "grader_error", str(error))
+
+
 def grade(
     problems: Sequence[Problem], completions: Sequence[Completion], parameters: GenerationParameters, on_line=print
 ) -> list[Score]:
@@ -87,7 +103,7 @@ def grade(
     by_id = {problem.id: problem for problem in problems}
     if problems[0].answer_kind == "code":
         return grade_code(by_id, completions, parameters, on_line)
-    return [_score(c, *grade_text(by_id[c.problem_id], c.text)) for c in completions]
+    return [grade_one(by_id[completion.problem_id], completion) for completion in completions]
 
 
 def by_problem(scores: Sequence[Score]) -> dict[str, list[float]]:
@@ -122,9 +138,11 @@ def evaluate(stage: Stage, benchmarks: Mapping[str, Loaded], on_line=print) -> d
     if any(loaded.problems[0].answer_kind == "code" for loaded in benchmarks.values()):
         sandbox.probe()
     engine, folder = lazy_engine(parameters), model_folder(parameters)
+    counts = sample_counts(parameters.benchmarks, parameters.n_samples)
     for name, loaded in benchmarks.items():
+        settings = parameters.model_copy(update={"n_samples": counts[name]})
         path = stage.path(f"completions-{name}.jsonl")
-        completions = sample(folder, loaded.problems, path, parameters, engine, on_line)
+        completions = sample(folder, loaded.problems, path, settings, engine, on_line)
         scores = grade(loaded.problems, completions, parameters, on_line)
         write_records(stage.path(f"scores-{name}.jsonl"), scores)
         metrics[name] = summarise(scores, source_named(name).domain)

@@ -170,7 +170,7 @@ def token_lengths(frame: pd.DataFrame) -> Figure:
                 axes.plot([row["p10"], row["p90"]], [y, y], color=look.colour, linewidth=0.8)
                 axes.barh(y, row["p75"] - row["p25"], 0.56, row["p25"], color="white", edgecolor=look.colour, zorder=2)
                 axes.plot([row["p50"]] * 2, [y - 0.28, y + 0.28], color=look.colour, linewidth=1.4, zorder=3)
-                cut = f"{100 * row['truncation_rate']:.0f} %"
+                cut = f"{100 * row['truncation_rate']:.0f} % cut"
                 axes.text(1.0, y, cut, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=5.5)
             face = REPORTED_FACE if reported else look.colour
             axes.plot(

@@ -1,4 +1,4 @@
-"""Owns what a notebook shows while a stage runs: progress lines and a loss curve that redraws itself. Computes nothing."""
+"""Owns what a notebook shows while a stage runs: progress lines and a loss curve that redraws itself."""
 
 import re
 import time

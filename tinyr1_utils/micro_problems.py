@@ -60,26 +60,24 @@ MATH_OPERATIONS: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def _math_step(value: int, rng: random.Random, common: bool) -> tuple[str, int]:
-    largest = 9 if common else 60
-    choices = ["+"] + ["-"] * (value > 3)
+LARGEST_VALUE = 30  # keeps every step a fact that a small model can learn: the difficulty is in how many steps there are
+
+
+def _math_choices(value: int, common: bool) -> list[tuple[str, int]]:
+    """Every change that keeps the quantity between 1 and LARGEST_VALUE."""
+    choices = [("+", n) for n in range(1, 10) if value + n <= LARGEST_VALUE]
+    choices += [("-", n) for n in range(1, 10) if value - n >= 1]
     if not common:
-        choices += ["*"] * (2 <= value <= 40) + ["/"] * any(value % n == 0 and value > n for n in (2, 3, 4, 5))
-    operation = rng.choice(choices)
-    if operation == "+":
-        return operation, rng.randint(2, largest)
-    if operation == "-":
-        return operation, rng.randint(1, min(value - 1, largest))
-    if operation == "*":
-        return operation, rng.randint(2, 4)
-    return operation, rng.choice([n for n in (2, 3, 4, 5) if value % n == 0 and value > n])
+        choices += [("*", n) for n in (2, 3, 4) if value * n <= LARGEST_VALUE] * 4
+        choices += [("/", n) for n in (2, 3, 4, 5) if value % n == 0 and value > n] * 4
+    return choices
 
 
 def _math(rng: random.Random, common: bool) -> Problem:
-    start = value = rng.randint(3, 30 if common else 80)
+    start = value = rng.randint(2, 20)
     steps = []
-    for _ in range(rng.randint(1, 2) if common else rng.randint(1, 4)):
-        operation, n = _math_step(value, rng, common)
+    for _ in range(rng.randint(1, 2) if common else rng.randint(2, 4)):
+        operation, n = rng.choice(_math_choices(value, common))
         steps.append([operation, n])
         value = MATH_OPERATIONS[operation](value, n)
     name, thing = rng.choice(PEOPLE), rng.choice(OBJECTS)
@@ -262,14 +260,14 @@ def _science_item(rng: random.Random, common: bool) -> tuple[str, str, list[str]
     if family == "formula":
         name = rng.choice(COMMON_FORMULAS if common else tuple(FORMULAS))
         question, formula, unit, function = FORMULAS[name]
-        first, second, answer = function(rng.randint(2, 12 if common else 30), rng.randint(2, 9))
+        first, second, answer = function(rng.randint(2, 9 if common else 12), rng.randint(2, 9))
         sign = formula[formula.index("=") :].split()[2]
         lines = [f"{formula}", f"{first} {sign} {second} = {answer}"]
         wrong = [first + second, abs(first - second), first, first * second if sign == "/" else first * second + second]
         return f"{name}|{first}|{second}", question.format(a=first, b=second), lines, answer, unit, wrong
     if family == "conversion":
         source, target = rng.choice(COMMON_CONVERSIONS if common else CONVERSIONS)
-        factor, amount = conversion_factor(source, target), rng.randint(2, 12 if common else 60)
+        factor, amount = conversion_factor(source, target), rng.randint(2, 12 if common else 30)
         answer = amount * factor
         lines = [f"1 {source} = {factor} {target}", f"{amount} * {factor} = {answer}"]
         question = f"a length of time, space or mass reads {amount} {source}. How much is it in {target}"

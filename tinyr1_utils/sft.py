@@ -345,6 +345,7 @@ def clean_up(stage: Stage) -> None:
 
 
 def main() -> None:
+    """The job that a launcher starts: `python -m tinyr1_utils.sft --job job.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--job", type=Path, required=True)
     train(json.loads(parser.parse_args().job.read_text()))

@@ -17,7 +17,15 @@ from pathlib import Path
 import filelock
 
 from tinyr1_utils.artifacts import EXECUTED, MANIFEST
-from tinyr1_utils.config import RunConfig, StageParameters, load_config, nearest, project_root, stage_parameters
+from tinyr1_utils.config import (
+    RunConfig,
+    StageParameters,
+    load_config,
+    names,
+    nearest,
+    project_root,
+    stage_parameters,
+)
 
 
 class PrefixedLines(io.TextIOBase):
@@ -125,9 +133,32 @@ def snakemake_command(arguments: argparse.Namespace, config: RunConfig) -> list[
     return [*command, "--config", *settings]
 
 
+def check_names(config: RunConfig) -> None:
+    """ValueError for a dataset, benchmark or change that no table knows, before anything runs."""
+    from tinyr1_utils.perturbations import CHANGES
+    from tinyr1_utils.sources import benchmark_names, sample_counts, source_named
+
+    for variant in config.curation.variants:
+        parameters = stage_parameters(config, "curation", variant)
+        if source_named(parameters.source).domain != parameters.domain:
+            raise ValueError(f"curation.variants.{variant}: {parameters.source} is no {parameters.domain} source")
+        benchmark_names(parameters.benchmarks)
+    for variant in config.evaluation.variants:
+        parameters = stage_parameters(config, "evaluation", variant)
+        benchmark_names(parameters.benchmarks)
+        sample_counts(parameters.benchmarks, parameters.n_samples)
+    for variant in config.stress.variants:
+        parameters = stage_parameters(config, "stress", variant)
+        benchmark_names(parameters.benchmark)
+        for change in names(parameters.changes):
+            if change not in CHANGES:
+                raise ValueError(f"stress.variants.{variant}: unknown change {change!r}{nearest(change, CHANGES)}")
+
+
 def run_all(arguments: argparse.Namespace) -> None:
     """Every stage of a config through Snakemake, then where to look. Exit code 1 when a stage failed."""
     config = load_config(arguments.config, data_root=arguments.data_root)
+    check_names(config)
     run_dir = project_root() / config.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -174,6 +205,7 @@ def run_stage(arguments: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line's arguments; `action` is the function that carries them out."""
     parser = argparse.ArgumentParser(prog="python -m tinyr1_utils.stage_runner", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
     everything = commands.add_parser("all", help="every stage of a config, through Snakemake")

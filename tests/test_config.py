@@ -1,0 +1,244 @@
+"""The configuration: every file loads, every bad key is named with its file and the nearest right one."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tinyr1_utils.config import (
+    STAGES,
+    SftParameters,
+    load_config,
+    names,
+    nearest,
+    project_root,
+    stage_parameters,
+    upstream,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+MICRO = yaml.safe_load((ROOT / "configs" / "micro.yaml").read_text())
+DELETED = object()
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """A function: micro's config with one key (a dotted path) set or deleted -> the error that loading it raises."""
+
+    def error(key: str, value) -> str:
+        values = copy.deepcopy(MICRO)
+        *parents, last = key.split(".")
+        place = values
+        for part in parents:
+            place = place.setdefault(part, {})
+        if value is DELETED:
+            del place[last]
+        else:
+            place[last] = value
+        path = tmp_path / "bad.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        with pytest.raises(ValueError) as raised:
+            load_config(path)
+        message = str(raised.value)
+        assert message.startswith(str(path)), message
+        assert "\n" not in message
+        return message
+
+    return error
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads_and_resolves(path):
+    config = load_config(path)
+    assert config.name == path.stem
+    assert path.read_text().startswith(f"# {path.stem}: ")  # the first line names what it is sized for
+    for stage, cls in STAGES.items():
+        for variant in getattr(config, stage).variants:
+            parameters = stage_parameters(config, stage, variant)
+            assert type(parameters) is cls
+            assert (parameters.variant, parameters.run_dir) == (variant, f"papermill_runs/{path.stem}")
+            assert all(type(value) in (str, int, float, bool) for value in parameters.model_dump().values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("backbon", "x", "unknown key 'backbon'; did you mean 'backbone'?"),
+        ("curation.varients", {}, "unknown key 'curation.varients'; did you mean 'variants'?"),
+        ("resources.sft", {"coress": 2}, "unknown key 'resources.sft.coress'; did you mean 'cores'?"),
+        ("resources.sftt", {"cores": 2}, "resources: unknown stage 'sftt'; one of curation, sft, merge, evaluation, stress, analysis; did you mean 'sft'?"),
+        ("sft.shared.learning_rat", 0.1, "sft.variants.math: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("merge.variants.linear.densty", 0.1, "merge.variants.linear: unknown key 'densty'; did you mean 'density'?"),
+        ("backbone", DELETED, "missing key 'backbone'"),
+        ("stress", DELETED, "missing key 'stress'"),
+        ("sft.variants", DELETED, "missing key 'sft.variants'"),
+        ("sft.shared.epochs", DELETED, "sft.variants.math: missing key 'epochs'"),
+        ("sft.shared.epochs", 0, "sft.variants.math: epochs: Input should be greater than 0 (found 0)"),
+        ("sft.shared.epochs", "three", "epochs: Input should be a valid number"),
+        ("sft.shared.max_steps", 2.5, "max_steps: Input should be a valid integer"),
+        ("sft.shared.packing", "tidy", "packing: Input should be 'none', 'plain' or 'neat' (found 'tidy')"),
+        ("sft.shared.num_processes", 2, "launcher 'single' takes num_processes 1"),
+        ("sft.variants.math", {"domains": "maths"}, "unknown domain 'maths'; one of math, code, science; did you mean"),
+        ("sft.variants.math", {"domains": ","}, "names no domain"),
+        ("curation.variants.math.domain", "maths", "domain: Input should be 'math', 'code' or 'science'"),
+        ("evaluation.variants.math", {"model": "math"}, "must be 'backbone', 'sft/<branch>' or 'merge/<recipe>'"),
+        ("evaluation.variants.math", {"model": "sft/maths"}, "needs sft/maths, which the config does not plan"),
+        ("merge.shared.merge_order", "math", "must name two or more different branches"),
+        ("merge.shared.merge_order", "math,math", "must name two or more different branches"),
+        ("merge.shared.merge_order", "math,sciense", "needs sft/sciense, which the config does not plan; did you mean"),
+        ("sft.variants", {"../up": {"domains": "math"}}, "variant: String should match pattern"),
+        ("name", "../up", "name: String should match pattern"),
+        ("seed", "many", "seed: Input should be a valid integer"),
+    ],
+)
+def test_a_bad_key_is_one_sentence_with_place_and_remedy(bad, key, value, words):
+    assert words in bad(key, value)
+
+
+def test_every_bad_key_of_one_place_is_named_at_once(bad):
+    message = bad("sft.shared", {"epochs": -1, "domans": "math"})
+    assert all(words in message for words in ("epochs: ", "'domans'; did you mean 'domains'?", "missing key 'packing'"))
+
+
+def test_files_that_are_no_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(FileNotFoundError, match=r"no config file configs/micr\.yaml; there are: .*configs/micro\.yaml"):
+        load_config("configs/micr.yaml")
+    path = tmp_path / "a.yaml"
+    for text, words in (("a: [1", "is not valid YAML: .*line 1"), ("- a", "must be a mapping"), ("", "mapping")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=words) as raised:
+            load_config(path)
+        assert str(raised.value).startswith(str(path))
+
+
+def test_yaml_numbers_arrive_as_numbers(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text((ROOT / "configs" / "micro.yaml").read_text().replace("5.0e-4", "5e-4"))  # YAML 1.1: a string
+    assert stage_parameters(load_config(path), "sft", "math").learning_rate == 5e-4
+
+
+def test_variants_come_over_shared_values_and_these_over_run_wide_ones():
+    config = load_config(ROOT / "configs" / "micro.yaml")
+    assert stage_parameters(config, "merge", "ties").weight == 0.7
+    assert stage_parameters(config, "merge", "linear").weight == 0.3333
+    assert stage_parameters(config, "sft", "code").backbone == config.backbone
+    with_seed = config.model_copy(
+        update={"sft": config.sft.model_copy(update={"shared": {**config.sft.shared, "seed": 7}})}
+    )
+    assert (stage_parameters(with_seed, "sft", "code").seed, stage_parameters(with_seed, "merge", "ties").seed) == (7, 0)
+
+
+def test_overrides_and_unknown_names():
+    config = load_config(ROOT / "configs" / "micro.yaml", data_root="elsewhere", name="other")
+    assert (config.data_root, config.run_dir) == ("elsewhere", "papermill_runs/other")
+    with pytest.raises(ValueError, match=r"unknown stage 'stf'; one of curation, .*; did you mean 'sft'\?"):
+        stage_parameters(config, "stf", "math")
+    with pytest.raises(ValueError, match=r"stage sft has no variant 'maths'; it has math, .*; did you mean 'math'\?"):
+        stage_parameters(config, "sft", "maths")
+
+
+def test_facts_leave_out_what_changes_no_result():
+    config = load_config(ROOT / "configs" / "micro.yaml")
+    elsewhere = load_config(ROOT / "configs" / "micro.yaml", data_root="elsewhere", name="other")
+    for stage in STAGES:
+        for variant in getattr(config, stage).variants:
+            here, there = (stage_parameters(c, stage, variant) for c in (config, elsewhere))
+            assert here.facts() == there.facts()
+            assert {"variant"} <= set(here.facts()) <= set(here.model_dump()) - {"run_dir", "data_root"}
+
+
+def test_upstream_names_what_a_stage_reads():
+    config = load_config(ROOT / "configs" / "micro.yaml")
+    assert upstream(config, "curation", "math") == ()
+    assert upstream(config, "sft", "mixture") == ("curation/math", "curation/code", "curation/science")
+    assert upstream(config, "merge", "ties") == ("sft/math", "sft/science", "sft/code")
+    assert upstream(config, "evaluation", "backbone") == ()
+    assert upstream(config, "evaluation", "ties") == ("merge/ties",)
+    planned = {f"{s}/{v}" for s in STAGES if s != "analysis" for v in getattr(config, s).variants}
+    assert set(upstream(config, "analysis", "report")) == planned
+
+
+def test_collect_takes_the_notebooks_names_and_validates():
+    values = stage_parameters(load_config(ROOT / "configs" / "micro.yaml"), "sft", "math").model_dump()
+    assert SftParameters.collect({**values, "pd": object()}).model_dump() == values
+    with pytest.raises(ValueError, match=r"notebook 02_branch_sft: epochs: .*greater than 0"):
+        SftParameters.collect({**values, "epochs": -1})
+
+
+def test_relative_paths_are_taken_from_the_projects_root(monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    assert project_root() == ROOT
+    assert load_config("configs/micro.yaml").name == "micro"
+
+
+def test_small_helpers():
+    assert names(" a, b,,c ") == ("a", "b", "c")
+    assert nearest("learnin_rate", ["seed", "learning_rate"]) == "; did you mean 'learning_rate'?"
+    assert nearest("zzz", ["seed"]) == ""
+
+
+# --- the paper's run, number by number -----------------------------------------------------------------------------
+
+PAPER = load_config(ROOT / "configs" / "tinyr1-32b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("branch", "schedule", "epochs", "accumulation", "global_batch", "packing"),
+    [
+        ("math", "constant_with_warmup", 5, 3, 96, "plain"),
+        ("science", "cosine", 5, 1, 32, "neat"),
+        ("code", "constant_with_warmup", 15, 3, 96, "neat"),
+    ],
+)
+def test_tinyr1_branches_are_trained_as_in_the_paper(branch, schedule, epochs, accumulation, global_batch, packing):
+    p = stage_parameters(PAPER, "sft", branch)
+    assert (p.domains, p.schedule, p.epochs, p.packing) == (branch, schedule, epochs, packing)
+    assert p.gradient_accumulation == accumulation
+    assert p.per_device_batch_size * p.gradient_accumulation * p.num_processes == global_batch
+
+
+def test_tinyr1_settings_that_all_branches_share():
+    assert PAPER.backbone == "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"
+    for branch in PAPER.sft.variants:
+        p = stage_parameters(PAPER, "sft", branch)
+        assert (p.learning_rate, p.warmup_ratio, p.max_steps) == (1e-5, 0.1, 0)
+        assert (p.adam_beta1, p.adam_beta2, p.adam_epsilon) == (0.9, 0.95, 1e-8)
+        assert (p.weight_decay, p.max_grad_norm, p.seed, p.save_steps) == (0.01, 1.0, 42, 200)
+        assert (p.max_seq_tokens, p.per_device_batch_size, p.num_processes) == (16384, 1, 32)
+        assert (p.launcher, p.zero_stage, p.precision, p.attention) == ("deepspeed", 3, "bfloat16", "flash_attention_2")
+        assert p.gradient_checkpointing and p.use_liger_kernel and p.hostfile
+    resources = PAPER.stage_resources("sft")
+    assert (resources.nodes, resources.gpus) == (4, 8)
+
+
+def test_tinyr1_curation_has_the_papers_sources():
+    sources = {d: stage_parameters(PAPER, "curation", d).source for d in PAPER.curation.variants}
+    assert sources["math"] == "openr1-math-train"
+    assert all(stage_parameters(PAPER, "curation", d).max_seq_tokens == 16384 for d in sources)
+    assert stage_parameters(PAPER, "curation", "science").unverifiable == "keep"  # the file's name says "with-wrong"
+
+
+def test_tinyr1_fusion_takes_math_into_science_and_both_into_code():
+    from tinyr1_utils.merging import arcee_fusion
+
+    p = stage_parameters(PAPER, "merge", "arcee_fusion")
+    assert (p.recipe, p.merge_order, p.merge_dtype) == ("arcee_fusion", "math,science,code", "bfloat16")
+    first, second = arcee_fusion(p)
+    assert first["base_model"] == "sft/science/branch"
+    assert {m["model"] for m in first["models"]} == {"sft/science/branch", "sft/math/branch"}
+    assert second["base_model"] == "sft/code/branch"
+    assert {m["model"] for m in second["models"]} == {"sft/code/branch", "merge/arcee_fusion/step-1"}
+    assert stage_parameters(PAPER, "merge", "arcee_fusion_math_code_science").merge_order == "math,code,science"
+
+
+def test_tinyr1_sampling():
+    from tinyr1_utils.sources import sample_counts
+
+    for variant in PAPER.evaluation.variants:
+        p = stage_parameters(PAPER, "evaluation", variant)
+        assert (p.temperature, p.top_p, p.max_new_tokens, p.limit) == (0.6, 0.95, 32768, 0)
+        assert p.max_seq_tokens > p.max_new_tokens
+        counts = sample_counts(p.benchmarks, p.n_samples)
+        assert counts == {"aime24": 16, "aime25": 16, "gpqa-diamond": 4, "livecodebench": 4}
