@@ -9,7 +9,7 @@ COMPILE := $(VENV)/bin/uv pip compile -q --python-version 3.11 --no-annotate --n
 	--custom-compile-command "make lock" --overrides requirements/overrides.txt $(LOCK_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap run test lab lint format figures lock clean clean-runs
+.PHONY: help bootstrap run test lab lint format figures publish lock clean clean-runs
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ format: bootstrap ## rewrite code and notebooks in the project's format
 
 figures: bootstrap ## draw figures/ again from the published runs
 	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner figures
+
+publish: bootstrap ## copy a finished run's small results to papermill_runs/published, draw figures/; CONFIG=
+	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner publish --config $(CONFIG)
 
 # On a machine without a local wheel of CPU torch, uv looks its version up in PyTorch's CPU index.
 lock: bootstrap ## resolve requirements/*.in again, keeping versions that still fit; LOCK_ARGS=--upgrade moves them

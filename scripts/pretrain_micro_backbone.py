@@ -96,36 +96,37 @@ def held_out_scores(model, tokenizer, n_problems: int) -> dict[str, float]:
     return scores
 
 
-def encode(rows: list[dict], tokenizer) -> list[tuple[list[int], int]]:
-    """Token ids of every sample with its end-of-turn token, and how many of them belong to the prompt."""
+def encode(rows: list[dict], tokenizer) -> list[list[int]]:
+    """Token ids of every sample, prompt, response and end-of-turn token."""
     encoded = []
     for row in rows:
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
         text = prompt + row["completion"][0]["content"] + tokenizer.eos_token
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        encoded.append((ids, len(tokenizer(prompt, add_special_tokens=False)["input_ids"])))
+        encoded.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     return encoded
 
 
-def batches(encoded: list[tuple[list[int], int]], batch_tokens: int, rng: random.Random):
-    """One epoch of batches of similar length, in random order, padded on the right; prompts carry no loss."""
-    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i][0]), rng.random()))
+def batches(encoded: list[list[int]], batch_tokens: int, rng: random.Random):
+    """One epoch of batches of similar length, in random order, padded on the right.
+
+    Every token carries loss: the names and numbers that a question repeats are what teaches a model to copy, and
+    without copying it can not calculate with what it was given.
+    """
+    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), rng.random()))
     groups, group = [], []
     for index in order:
-        if group and (len(group) + 1) * len(encoded[index][0]) > batch_tokens:
+        if group and (len(group) + 1) * len(encoded[index]) > batch_tokens:
             groups.append(group)
             group = []
         group.append(index)
     groups.append(group)
     rng.shuffle(groups)
     for group in groups:
-        width = max(len(encoded[i][0]) for i in group)
+        width = max(len(encoded[i]) for i in group)
         ids = torch.zeros(len(group), width, dtype=torch.long)
         labels = torch.full((len(group), width), -100)
         for row, i in enumerate(group):
-            tokens, prompt_length = encoded[i]
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            labels[row, prompt_length : len(tokens)] = torch.tensor(tokens[prompt_length:])
+            ids[row, : len(encoded[i])] = labels[row, : len(encoded[i])] = torch.tensor(encoded[i])
         yield ids, labels
 
 

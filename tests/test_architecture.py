@@ -128,7 +128,7 @@ def uses_pickle(tree: ast.AST) -> bool:
     names = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     return any(
-        names & {*((n.name.split(".")[0] for n in node.names)), getattr(node, "module", "") or ""} for node in imports
+        names & {*(n.name.split(".")[0] for n in node.names), getattr(node, "module", "") or ""} for node in imports
     )
 
 

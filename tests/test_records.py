@@ -57,7 +57,7 @@ def test_a_line_cut_in_half_is_reported_and_the_rest_is_read(tmp_path, number):
     read, broken = read_records(path, Completion)
     assert read == [row for i, row in enumerate(EXAMPLES, start=1) if i != number]
     assert [(line.file, line.line_number) for line in broken] == [("completions.jsonl", number)]
-    assert half.decode().startswith(broken[0].excerpt[:20])
+    assert half.startswith(broken[0].excerpt[:20].encode())
     with pytest.raises(ValueError, match=rf"completions\.jsonl, line {number}: .*run the stage again"):
         require_records(path, Completion)
 
@@ -102,7 +102,9 @@ def test_a_wrong_field_is_named(tmp_path, change, words):
 
 def test_missing_fields_and_wrong_lists_are_named():
     with pytest.raises(ValueError, match="finish_reason"):
-        from_dict(Completion, {"problem_id": "a", "sample_index": 0, "text": "", "prompt_tokens": 1, "output_tokens": 1})
+        from_dict(
+            Completion, {"problem_id": "a", "sample_index": 0, "text": "", "prompt_tokens": 1, "output_tokens": 1}
+        )
     row = {"id": "p", "domain": "math", "source": "s", "question": "q", "answer_kind": "number", "reference": "1"}
     assert from_dict(Problem, row | {"options": ["a"]}).options == ("a",)
     for options in ("ab", [1], {"a": 1}):

@@ -26,13 +26,20 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
+def _identifier(row: Row, name: str, prefix: str) -> str:
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise ValueError(f"field {name!r} is missing or neither text nor a whole number")
+    return f"{prefix}-{value}"
+
+
 def gsm8k(row: Row, prefix: str) -> tuple[Problem, Trace]:
     """GSM8K (Cobbe et al. 2021): the worked solution is the trace; `<<a=b>>` calculator marks are taken out."""
     question = _text(row, "question")
     solution, mark, answer = _text(row, "answer").rpartition("####")
-    if not mark:
-        raise ValueError("field 'answer' has no '####' before the final answer")
     reference = answer.strip().replace(",", "")
+    if not mark or not reference:
+        raise ValueError("field 'answer' has no '####' before the final answer")
     identifier = f"{prefix}-{hashlib.sha256(question.encode()).hexdigest()[:10]}"
     problem = Problem(identifier, "math", "gsm8k", question, "number", reference)
     reasoning = re.sub(r"<<[^>]*>>", "", solution).strip()
@@ -42,9 +49,9 @@ def gsm8k(row: Row, prefix: str) -> tuple[Problem, Trace]:
 def aime(row: Row, prefix: str) -> tuple[Problem, None]:
     """AIME: an integer from 0 to 999."""
     answer = str(row.get("answer", "")).strip()
-    if not answer.isdigit():
+    if not re.fullmatch("[0-9]{1,3}", answer):
         raise ValueError(f"field 'answer' must be an integer from 0 to 999, found {answer!r}")
-    identifier = f"{prefix}-{row.get('id')}"
+    identifier = _identifier(row, "id", prefix)
     return Problem(identifier, "math", prefix, _text(row, "problem"), "number", str(int(answer))), None
 
 
@@ -54,7 +61,7 @@ def mbpp(row: Row, prefix: str) -> tuple[Problem, Trace]:
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise ValueError("field 'test_list' must be a list of assert statements")
     code = _text(row, "code").replace("\r\n", "\n").strip()
-    identifier = f"{prefix}-{row.get('task_id')}"
+    identifier = _identifier(row, "task_id", prefix)
     problem = Problem(
         identifier, "code", "mbpp", _text(row, "text"), "code", code,
         tests=tuple(tests), setup=row.get("test_setup_code") or "",
@@ -72,7 +79,7 @@ def arc(row: Row, prefix: str) -> tuple[Problem, Trace | None]:
     if key not in labels:
         raise ValueError(f"answerKey {key!r} is none of the labels {labels}")
     letter = LETTERS[labels.index(key)]
-    identifier = f"{prefix}-{row.get('id')}"
+    identifier = _identifier(row, "id", prefix)
     options = tuple(str(option).strip() for option in choices["text"])
     problem = Problem(identifier, "science", "arc-challenge", _text(row, "question"), "choice", letter, options=options)
     if not row.get("response"):
@@ -125,7 +132,7 @@ def openr1_math(row: Row, prefix: str) -> tuple[Problem, Trace | None]:
     generations = row.get("generations") or []
     if not isinstance(generations, list) or not all(isinstance(text, str) for text in generations):
         raise ValueError("field 'generations' must be a list of texts")
-    identifier = f"{prefix}-{row.get('uuid')}"
+    identifier = _identifier(row, "uuid", prefix)
     metadata = {name: row.get(name) for name in ("question_type", "problem_type", "source")}
     problem = Problem(
         identifier, "math", "openr1-math", _text(row, "problem"), "expression", _text(row, "answer"), metadata=metadata
@@ -188,17 +195,22 @@ def private_tests(text: str) -> list[Row]:
     try:
         return json.loads(text)
     except ValueError:
+        pass
+    try:
         return json.loads(_NoGlobals(BytesIO(zlib.decompress(base64.b64decode(text)))).load())
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise ValueError(f"field 'private_test_cases' can not be decoded: {error}") from None
 
 
 # What a stdin program needs around it: the tests call `run_stdin`, which runs the program anew on each input.
 STDIN_HARNESS = """
 import contextlib as _contextlib, io as _io, sys as _sys
 def run_stdin(text):
-    _out, _sys.stdin = _io.StringIO(), _io.StringIO(text)
+    _out, _sys.stdin = _io.TextIOWrapper(_io.BytesIO()), _io.TextIOWrapper(_io.BytesIO(text.encode()))
     with _contextlib.redirect_stdout(_out), _contextlib.suppress(SystemExit):
-        exec(compile(_SOURCE, "solution", "exec"), {"__name__": "__main__"})
-    return [line.split() for line in _out.getvalue().strip().splitlines()]
+        exec(compile(_SOURCE, "solution", "exec"), {"__name__": "__main__", "exit": _sys.exit, "quit": _sys.exit})
+    _out.flush()
+    return [line.split() for line in _out.buffer.getvalue().decode().strip().splitlines()]
 """
 
 

@@ -155,7 +155,7 @@ def _writable(folder: Path) -> None:
 def _take_lock(folder: Path) -> filelock.BaseFileLock:
     lock = filelock.FileLock(folder / LOCK, is_singleton=True)  # a notebook may open its stage twice
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=10)  # a killed run's processes may still be ending
     except filelock.Timeout:
         raise RuntimeError(f"another process is running this stage in {folder}; wait for it or stop it") from None
     return lock

@@ -6,6 +6,7 @@ One function, `sample`, over two engines: vLLM (GPU, or its CPU build) and trans
 import hashlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,7 @@ def vllm_engine(model: Path, parameters: GenerationParameters) -> Engine:
         # Several notebooks share a machine: leave their threads to the scheduler instead of binding all to core 0.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ["OMP_NUM_THREADS"] = str(parameters.threads)
+    warnings.filterwarnings("ignore", message="(?s).*(reduce_op|IProgress)")  # of vLLM's imports, in every notebook
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -79,6 +81,7 @@ def vllm_engine(model: Path, parameters: GenerationParameters) -> Engine:
         enable_prefix_caching=not on_cpu,
         seed=parameters.seed,
         disable_log_stats=True,
+        use_tqdm_on_load=False,
         generation_config="vllm",
     )
     if on_cpu:
@@ -200,10 +203,10 @@ def sample(
     chunks = [drawn[i : i + parameters.chunk_size] for i in range(0, len(drawn), parameters.chunk_size)]
     completions = _finished_chunks(path, chunks)
     done = before = len(completions)
-    started, tokens = time.monotonic(), 0
     if done:
         on_progress(f"{path.name}: {done} of {len(drawn)} completions are there already")
     complete = engine() if done < len(drawn) else None
+    started, tokens = time.monotonic(), 0
     while done < len(drawn):
         chunk = drawn[done : done + parameters.chunk_size]
         new = complete(chunk)

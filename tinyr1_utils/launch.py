@@ -15,8 +15,8 @@ from tinyr1_utils.config import SftParameters, from_root
 _PR_SET_PDEATHSIG = 1
 
 
-def _die_with_parent() -> None:
-    """In the child: be killed by the kernel when the notebook's kernel dies, kill -9 included (Linux)."""
+def die_with_parent() -> None:
+    """For `preexec_fn`: the child is killed when its parent dies, by kill -9 included (Linux)."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -62,7 +62,7 @@ def run(
         env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
         cwd=folder,
         start_new_session=True,
-        preexec_fn=_die_with_parent,
+        preexec_fn=die_with_parent,
     )
     last = deque(maxlen=25)
     try:

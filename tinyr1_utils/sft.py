@@ -257,6 +257,7 @@ def train(job: dict) -> None:
     checkpoints that carry optimizer, schedule and random state.
     """
     import torch
+    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     parameters = validated(SftParameters, job["parameters"], "job")
@@ -287,6 +288,7 @@ def train(job: dict) -> None:
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
         callbacks=[progress_callback(tokens_per_step)],
     )
+    trainer.remove_callback(PrinterCallback)  # the progress callback says it in one line
     print(f"{len(rows)} rows from {len(training)} samples, {len(samples) - len(fitting)} over the limit", flush=True)
     checkpoint = last_complete_checkpoint(config_folder)
     before_file = folder / "held_out_before.json"

@@ -69,11 +69,11 @@ SOURCES: dict[str, Source] = {
     ),
     "mbpp-train": Source(
         "code", "CC-BY-4.0", _HUB + _MBPP[0], adapters.mbpp, "code/mbpp.jsonl", (*_MBPP, "train", _MBPP_REVISION), True,
-        lambda row: 601 <= row.get("task_id", 0) <= 974,
+        lambda row: 601 <= row["task_id"] <= 974,
     ),
     "mbpp": Source(
         "code", "CC-BY-4.0", _HUB + _MBPP[0], adapters.mbpp, "code/mbpp.jsonl", (*_MBPP, "test", _MBPP_REVISION), False,
-        lambda row: 11 <= row.get("task_id", 0) <= 510,
+        lambda row: 11 <= row["task_id"] <= 510,
     ),
     "arc-challenge-train": Source(
         "science", "CC-BY-SA-4.0; responses without a stated licence", _HUB + _ARC[0], adapters.arc,
@@ -86,7 +86,7 @@ SOURCES: dict[str, Source] = {
     "mmlu-stem": Source(
         "science", "MIT", _HUB + "cais/mmlu", adapters.mmlu, "science/mmlu_stem_test.jsonl",
         ("cais/mmlu", "all", "test", _MMLU_REVISION), False,
-        lambda row: row.get("subject", row.get("type")) in adapters.STEM_SUBJECTS,
+        lambda row: row["subject" if "subject" in row else "type"] in adapters.STEM_SUBJECTS,
     ),
     "aime24": Source(
         "math", "problem text: MAA", _HUB + "HuggingFaceH4/aime_2024", adapters.aime, "math/aime24_test.jsonl",
@@ -104,7 +104,7 @@ SOURCES: dict[str, Source] = {
     "livecodebench": Source(
         "code", "CC", _HUB + "livecodebench/code_generation_lite", adapters.livecodebench, "code/livecodebench.jsonl",
         ("livecodebench/code_generation_lite", "release_v5", "test", "main"), False,
-        lambda row: "2024-08-01" <= str(row.get("contest_date", ""))[:10] <= "2025-02-01",
+        lambda row: "2024-08-01" <= str(row["contest_date"])[:10] <= "2025-02-01",
     ),
     "human-eval": Source("code", "MIT", "https://github.com/openai/human-eval", adapters.human_eval),
     "openr1-math-train": Source(
@@ -115,7 +115,7 @@ SOURCES: dict[str, Source] = {
         "code", "Apache-2.0", _HUB + "open-thoughts/OpenThoughts-114k", adapters.openthoughts,
         "code/openthoughts.jsonl",
         ("open-thoughts/OpenThoughts-114k", "metadata", "train", "main"), True,
-        lambda row: row.get("domain") == "code",
+        lambda row: row["domain"] == "code",
     ),
     "s1k-train": Source(
         "science", "MIT", _HUB + "simplescaling/s1K-1.1", adapters.s1k, "science/s1k.jsonl",
@@ -175,19 +175,21 @@ def load(name: str, data_root: str = "", limit: int = 0, seed: int = 0) -> Loade
         return _load_micro(name, source, limit, seed)
     rows, digest = _rows(name, source, data_root)
     problems, traces, broken, seen = [], {}, [], set()
+    file = Path(source.local_file).name or name
     for number, row in rows:
         if isinstance(row, BrokenLine):
             broken.append(row)
             continue
-        if not source.keep(row):
-            continue
         try:
+            if not source.keep(row):
+                continue
             problem, trace = source.adapter(row, name.removesuffix("-train"))
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            broken.append(BrokenLine(source.local_file or name, number, str(error), str(row)[:120]))
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+            broken.append(BrokenLine(file, number, reason, str(row)[:120]))
             continue
         if problem.id in seen:
-            broken.append(BrokenLine(source.local_file or name, number, f"duplicate id {problem.id}", ""))
+            broken.append(BrokenLine(file, number, f"duplicate id {problem.id}", ""))
             continue
         seen.add(problem.id)
         problems.append(problem)

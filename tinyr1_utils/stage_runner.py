@@ -11,11 +11,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import filelock
 
+from tinyr1_utils import launch
 from tinyr1_utils.artifacts import EXECUTED, MANIFEST
 from tinyr1_utils.config import (
     RunConfig,
@@ -26,6 +28,8 @@ from tinyr1_utils.config import (
     project_root,
     stage_parameters,
 )
+
+RUNNER_PID = "TINYR1_RUNNER_PID"
 
 
 class PrefixedLines(io.TextIOBase):
@@ -63,6 +67,23 @@ def cell_title(cell) -> str:
     """The first line of a cell, shortened, for the progress line."""
     first = next((line for line in cell.source.splitlines() if line.strip() and not line.startswith("%")), "")
     return first[:60]
+
+
+def end_with_the_run() -> None:
+    """End this stage when the `stage_runner all` that started it is gone, so that a killed run leaves no stage behind.
+
+    Its kernel ends by itself then, and the kernel's training job with it.
+    """
+    runner = int(os.environ.get(RUNNER_PID, "0"))
+    if not runner:
+        return
+
+    def watch():
+        while Path(f"/proc/{runner}").exists():
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def execute(parameters: StageParameters) -> Path:
@@ -103,6 +124,8 @@ def execute(parameters: StageParameters) -> Path:
             progress_bar=False,
             log_output=True,
             stdout_file=PrefixedLines(label),
+            stderr_file=io.StringIO(),  # libraries' warnings stay in the executed copy
+            extra_arguments=["--log-level=CRITICAL"],
             on_cell_start=on_cell_start,
         )
     except PapermillExecutionError as error:
@@ -163,12 +186,15 @@ def run_all(arguments: argparse.Namespace) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / ".run.lock")
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=3)
     except OSError as error:
         if isinstance(error, filelock.Timeout):
             fail(f"another `make run` is using {config.run_dir}; wait for it or stop it")
         fail(f"can not write to the run folder {config.run_dir}: {error.strerror}")
-    process = subprocess.Popen(snakemake_command(arguments, config), start_new_session=True)
+    environment = os.environ | {RUNNER_PID: str(os.getpid())}
+    process = subprocess.Popen(
+        snakemake_command(arguments, config), start_new_session=True, env=environment, preexec_fn=launch.die_with_parent
+    )
     try:
         code = process.wait()
     except BaseException:
@@ -198,8 +224,17 @@ def redraw_figures(arguments: argparse.Namespace) -> None:
     redraw_published(project_root() / "papermill_runs" / "published", project_root() / "figures")
 
 
+def publish_run(arguments: argparse.Namespace) -> None:
+    """Copy a finished run's small results to papermill_runs/published, then redraw figures/."""
+    from tinyr1_utils.publishing import publish
+
+    print(f"published to {publish(load_config(arguments.config)).relative_to(project_root())}")
+    redraw_figures(arguments)
+
+
 def run_stage(arguments: argparse.Namespace) -> None:
     """One stage of a config."""
+    end_with_the_run()
     config = load_config(arguments.config, data_root=arguments.data_root)
     execute(stage_parameters(config, arguments.stage, arguments.variant, arguments.config))
 
@@ -217,7 +252,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     stage.add_argument("--stage", required=True)
     stage.add_argument("--variant", required=True)
     stage.set_defaults(action=run_stage)
-    for command in (everything, stage):
+    published = commands.add_parser("publish", help="copy a finished run's small results to papermill_runs/published")
+    published.set_defaults(action=publish_run)
+    for command in (everything, stage, published):
         command.add_argument("--config", required=True, help="a YAML file of configs/")
         command.add_argument("--data-root", default="", help="folder with local data files (default: the hub)")
     figures = commands.add_parser("figures", help="redraw figures/ from papermill_runs/published")

@@ -1,0 +1,55 @@
+"""Fixtures shared by the tests that run real stages: a project of their own in a temporary folder."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A project root with this repository's notebooks, configs, Snakefile and micro backbone, and no results."""
+    root = tmp_path / "project"
+    root.mkdir()
+    for name in ("pyproject.toml", "Snakefile"):
+        shutil.copyfile(REPOSITORY / name, root / name)
+    for name in ("notebooks", "configs"):
+        shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (root / "models").symlink_to(REPOSITORY / "models")
+    monkeypatch.chdir(root)
+    return root
+
+
+def write_config(root: Path, name: str, **changes: dict) -> Path:
+    """configs/<name>.yaml: micro with `changes` merged into its sections, e.g. sft={"shared": {"max_steps": 8}}.
+
+    A section's `variants` replace micro's.
+    """
+    values = yaml.safe_load((root / "configs" / "micro.yaml").read_text()) | {"name": name}
+    for section, change in changes.items():
+        shared = values[section]["shared"] | change.get("shared", {})
+        values[section] = {"shared": shared, "variants": change.get("variants", values[section]["variants"])}
+    path = root / "configs" / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run_stage(root: Path, config: Path, stage: str, variant: str) -> subprocess.Popen:
+    """Start `stage_runner stage` in a session of its own, its output on a pipe."""
+    command = [sys.executable, "-m", "tinyr1_utils.stage_runner", "stage", "--config", str(config)]
+    command += ["--stage", stage, "--variant", variant]
+    return subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Wait for a stage; its output, which a failure shows."""
+    output, _ = process.communicate(timeout=540)
+    assert process.returncode == 0, output
+    return output

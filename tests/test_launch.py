@@ -1,0 +1,163 @@
+"""Jobs of one or several processes: output as it comes, failures with their last lines, no process left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tinyr1_utils import launch
+from tinyr1_utils.config import load_config, stage_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead and only waits for its parent to ask does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pid: int, within_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(pid)
+
+
+def test_output_comes_while_the_job_runs(tmp_path):
+    flag = tmp_path / "seen"
+    code = (
+        "import pathlib, sys, time\n"
+        "print('first')\n"
+        f"flag = pathlib.Path({str(flag)!r})\n"
+        "for _ in range(600):\n"
+        "    if flag.exists(): break\n"
+        "    time.sleep(0.05)\n"
+        "print('answered' if flag.exists() else 'nobody listened')\n"
+        "print('on stderr', file=sys.stderr)\n"
+    )
+    lines = []
+
+    def on_line(line):
+        lines.append(line)
+        flag.touch()
+
+    launch.run([sys.executable, "-c", code], on_line)
+    assert lines == ["first", "answered", "on stderr"]
+
+
+def test_environment_and_folder_reach_the_job(tmp_path):
+    lines = []
+    code = "import os; print(os.environ['TINYR1_TEST']); print(os.getcwd()); print(bool(os.environ['PATH']))"
+    launch.run([sys.executable, "-c", code], lines.append, {"TINYR1_TEST": "yes"}, tmp_path)
+    assert lines == ["yes", str(tmp_path.resolve()), "True"]
+
+
+def test_a_failure_raises_with_the_last_lines():
+    code = "import sys\nfor i in range(100): print('line', i)\nsys.exit(3)"
+    with pytest.raises(RuntimeError) as raised:
+        launch.run([sys.executable, "-c", code], lambda line: None)
+    message = str(raised.value)
+    assert "code 3" in message
+    assert message.endswith("line 98\nline 99")
+    assert "line 10\n" not in message
+
+
+def test_output_that_is_no_text_is_no_failure():
+    lines = []
+    launch.run([sys.executable, "-c", r"import sys; sys.stdout.buffer.write(b'\xff ok\n')"], lines.append)
+    assert len(lines) == 1 and lines[0].endswith(" ok")
+
+
+# A job that starts a process of its own, says which, and goes on.
+FAMILY = (
+    "import os, subprocess, time\n"
+    "child = subprocess.Popen(['sleep', '300'])\n"
+    "print(os.getpid(), child.pid, flush=True)\n"
+    "time.sleep(300)\n"
+)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_listening_kills_the_whole_group(error):
+    pids = []
+
+    def on_line(line):
+        pids.extend(map(int, line.split()))
+        assert all(alive(pid) for pid in pids)
+        raise error
+
+    with pytest.raises(error):
+        launch.run([sys.executable, "-c", FAMILY], on_line)
+    assert len(pids) == 2
+    assert [pid for pid in pids if not gone(pid)] == []
+
+
+def test_a_failed_job_leaves_no_process_of_its_own():
+    code = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen(['sleep', '300'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+        "print(child.pid)\n"
+        "sys.exit(1)\n"
+    )
+    lines = []
+    with pytest.raises(RuntimeError, match="code 1"):
+        launch.run([sys.executable, "-c", code], lines.append)
+    assert gone(int(lines[0]))
+
+
+def test_a_killed_parent_takes_its_job_along():
+    code = (
+        "import sys\n"
+        "from tinyr1_utils import launch\n"
+        f"launch.run([sys.executable, '-c', {FAMILY!r}], lambda line: print(line, flush=True))\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    grandchild = None
+    try:
+        job, grandchild = map(int, parent.stdout.readline().split())
+        assert alive(job)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait(30)
+        assert gone(job)
+    finally:
+        parent.kill()
+        parent.stdout.close()
+        if grandchild and alive(grandchild):  # a job's own processes are the job's: the kernel kills the job only
+            os.kill(grandchild, signal.SIGKILL)
+
+
+@pytest.fixture
+def parameters():
+    run = load_config(ROOT / "configs" / "micro.yaml")
+
+    def changed(**values):
+        return stage_parameters(run, "sft", "math").model_copy(update=values)
+
+    return changed
+
+
+def test_command_of_each_launcher(parameters, tmp_path):
+    rest = ["-m", "a.job", "--job", "x"]
+    assert launch.command(parameters(), "a.job", ["--job", "x"]) == [sys.executable, *rest]
+    torchrun = launch.command(parameters(launcher="torchrun", num_processes=2), "a.job", ["--job", "x"])
+    assert torchrun[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert "--nproc-per-node=2" in torchrun and torchrun[-4:] == rest
+    deepspeed = launch.command(parameters(launcher="deepspeed", num_processes=2), "a.job", ["--job", "x"])
+    assert "--no_local_rank" in deepspeed and deepspeed[deepspeed.index("--num_gpus") + 1] == "2"
+    assert deepspeed[-4:] == ["--module", "a.job", "--job", "x"]
+    hostfile = tmp_path / "hosts"
+    with_hosts = parameters(launcher="deepspeed", num_processes=32, hostfile=str(hostfile))
+    with pytest.raises(FileNotFoundError, match=r"no hostfile .*one line `host slots=8` per node"):
+        launch.command(with_hosts, "a.job", [])
+    hostfile.write_text("a slots=8\n")
+    command = launch.command(with_hosts, "a.job", [])
+    assert command[command.index("--hostfile") + 1] == str(hostfile) and "--num_gpus" not in command

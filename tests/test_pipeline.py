@@ -1,0 +1,145 @@
+"""The pipeline as a user runs it: real notebooks, papermill, Snakemake, TRL, mergekit and vLLM, on the micro backbone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import REPOSITORY, finish, run_stage, write_config
+from nbclient import NotebookClient
+
+CURATION = {"shared": {"limit": 160}}
+SFT = {"shared": {"max_steps": 8, "save_steps": 2, "per_device_batch_size": 4}}
+SMALL = {"limit": 6, "n_samples": 2, "chunk_size": 6, "max_new_tokens": 48}
+EVALUATION = {"shared": SMALL, "variants": {"backbone": {"model": "backbone"}, "linear": {"model": "merge/linear"}}}
+
+
+def run_all(root: Path, config: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tinyr1_utils.stage_runner", "all", "--config", str(config), *options]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
+
+
+def manifests(root: Path, run: str) -> dict[str, bytes]:
+    folder = root / "papermill_runs" / run
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/*/manifest.json"))}
+
+
+def orphans(root: Path) -> list[str]:
+    """Processes that still work in the project's folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if str(root) in (entry / "cmdline").read_text():
+                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue
+    return found
+
+
+def kill_when(process: subprocess.Popen, root: Path, marker: str) -> None:
+    """kill -9 the stage's whole session as soon as its output holds the marker."""
+    for line in process.stdout:
+        if marker in line:
+            break
+    else:
+        pytest.fail(f"{marker!r} never appeared; exit code {process.wait()}")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while orphans(root) and time.monotonic() < deadline:
+        time.sleep(0.2)  # the kernel notices its dead parent within seconds
+    assert not orphans(root)
+
+
+def test_run_all_in_jupyter_leaves_the_batch_runs_manifest(project):
+    """The notebook opened and run with its own defaults, as in JupyterLab, against the same stage through papermill."""
+    path = project / "notebooks" / "01_data_curation.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    by_hand = manifests(project, "micro")["curation/math/manifest.json"]
+    (project / "papermill_runs/micro/curation/math/manifest.json").unlink()
+    finish(run_stage(project, project / "configs/micro.yaml", "curation", "math"))
+    assert manifests(project, "micro")["curation/math/manifest.json"] == by_hand
+
+
+def test_whole_pipeline_and_a_second_run_that_does_nothing(project):
+    config = write_config(
+        project,
+        "small",
+        curation=CURATION,
+        sft=SFT,
+        merge={"shared": {"merge_order": "math,science"}, "variants": {"linear": {"recipe": "linear"}}},
+        evaluation=EVALUATION,
+        stress={"shared": SMALL, "variants": {"backbone": {"model": "backbone"}}},
+    )
+    first = run_all(project, config)
+    assert first.returncode == 0, first.stdout[-4000:] + first.stderr[-4000:]
+    before = manifests(project, "small")
+    assert len(before) == 3 + 4 + 1 + 2 + 1 + 1
+    report = project / "papermill_runs/small/analysis/report/report.html"
+    assert str(report.relative_to(project)) in first.stdout and report.is_file()
+    stamps = {path: path.stat().st_mtime_ns for path in project.glob("papermill_runs/small/*/*/manifest.json")}
+    started = time.monotonic()
+    second = run_all(project, config)
+    assert second.returncode == 0 and time.monotonic() - started < 60
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    merged = json.loads(before["merge/linear/manifest.json"])
+    assert merged["inputs"].keys() == {"backbone", "sft/math", "sft/science"}
+    assert not any(str(project) in text.decode() for text in before.values()), "an absolute path in a manifest"
+
+
+def test_killed_sft_ends_as_an_undisturbed_one(project):
+    config = write_config(project, "calm", curation=CURATION, sft=SFT)
+    finish(run_stage(project, config, "curation", "math"))
+    finish(run_stage(project, config, "sft", "math"))
+    disturbed = write_config(project, "killed", curation=CURATION, sft=SFT)
+    finish(run_stage(project, disturbed, "curation", "math"))
+    folder = project / "papermill_runs/killed/sft/math"
+    process = run_stage(project, disturbed, "sft", "math")
+    deadline = time.monotonic() + 200
+    while not list(folder.glob("checkpoints/checkpoint-4/complete")):
+        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint before the end"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while orphans(project) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not orphans(project) and not (folder / "manifest.json").exists()
+    output = finish(run_stage(project, disturbed, "sft", "math"))
+    assert "from step 0 " not in output, "started again instead of resuming"
+    assert manifests(project, "killed")["sft/math/manifest.json"] == manifests(project, "calm")["sft/math/manifest.json"]
+    assert not list(folder.glob(".*.partial")) and not (folder / "checkpoints").exists()
+
+
+def test_killed_evaluation_ends_as_an_undisturbed_one(project):
+    shared = {"shared": SMALL | {"benchmarks": "micro-math,micro-code"}, "variants": {"backbone": {"model": "backbone"}}}
+    calm = write_config(project, "calm", evaluation=shared)
+    finish(run_stage(project, calm, "evaluation", "backbone"))
+    disturbed = write_config(project, "killed", evaluation=shared)
+    kill_when(run_stage(project, disturbed, "evaluation", "backbone"), project, "6 of 12 completions")
+    output = finish(run_stage(project, disturbed, "evaluation", "backbone"))
+    assert "are there already" in output, "sampled everything again instead of resuming"
+    name = "evaluation/backbone/manifest.json"
+    assert manifests(project, "killed")[name] == manifests(project, "calm")[name]
+
+
+def test_failing_notebook_is_named_with_its_error_and_its_executed_copy(project):
+    config = write_config(project, "broken", sft=SFT)
+    process = run_stage(project, config, "sft", "math")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "02_branch_sft.ipynb" in output and "curation/math is not done" in output
+    assert "papermill_runs/broken/sft/math/executed.ipynb" in output
+
+
+def test_make_alone_prints_the_targets():
+    printed = subprocess.run(["make"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    for target in ("run", "test", "lab", "lint", "figures", "clean"):
+        assert f"make {target} " in printed

@@ -1,0 +1,199 @@
+"""The command line: bad input ends in one sentence before anything runs, and the plan is the one of the config."""
+
+import copy
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from tinyr1_utils.config import STAGES, load_config, stage_parameters
+from tinyr1_utils.stage_runner import PrefixedLines, check_parameters, main, notebook_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+MICRO = yaml.safe_load((ROOT / "configs" / "micro.yaml").read_text())
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A project folder of its own with this one's notebooks and rules, so that no test touches a real run."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name in ("notebooks", "Snakefile"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    return tmp_path
+
+
+def runner(project: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "tinyr1_utils.stage_runner", *arguments],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def write_config(project: Path, change) -> str:
+    values = copy.deepcopy(MICRO)
+    change(values)
+    path = project / "configs" / "bad.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return "configs/bad.yaml"
+
+
+def set_key(*keys_and_value):
+    *keys, last, value = keys_and_value
+
+    def change(values):
+        for key in keys:
+            values = values[key]
+        values[last] = value
+
+    return change
+
+
+BAD = {
+    "unknown key": (
+        set_key("sft", "shared", "learning_rat", 1),
+        "unknown key 'learning_rat'; did you mean 'learning_rate'?",
+    ),
+    "unknown domain": (
+        set_key("sft", "variants", "math", {"domains": "maths"}),
+        "unknown domain 'maths'; one of math, code, science",
+    ),
+    "unknown benchmark": (
+        set_key("evaluation", "shared", "benchmarks", "micro-math,micro-cod"),
+        "unknown dataset 'micro-cod'; did you mean 'micro-code'?",
+    ),
+    "unknown upstream branch": (
+        set_key("merge", "shared", "merge_order", "math,sciense,code"),
+        "merge.variants.arcee_fusion needs sft/sciense, which the config does not plan; did you mean 'sft/science'?",
+    ),
+    "unknown source": (set_key("curation", "variants", "math", "source", "micro-mat-train"), "'micro-math-train'?"),
+    "source of another domain": (
+        set_key("curation", "variants", "math", "source", "micro-code-train"),
+        "curation.variants.math: micro-code-train is no math source",
+    ),
+    "training source as benchmark": (set_key("stress", "shared", "benchmark", "gsm8k-train"), "not a benchmark"),
+    "unknown change": (
+        set_key("stress", "shared", "changes", "noun"),
+        "stress.variants.backbone: unknown change 'noun'; did you mean 'nouns'?",
+    ),
+    "bad number of samples": (set_key("evaluation", "shared", "benchmarks", "micro-math@x"), "positive integer"),
+}  # fmt: skip
+AS_A_PROGRAM = ("unknown key", "unknown domain", "unknown benchmark", "unknown upstream branch")
+
+
+def one_sentence(stderr: str) -> str:
+    assert stderr.strip().startswith("ERROR  "), stderr
+    assert len(stderr.strip().splitlines()) == 1, stderr
+    return stderr
+
+
+@pytest.mark.parametrize("case", AS_A_PROGRAM)
+def test_bad_input_ends_the_program_with_one_sentence(project, case):
+    change, words = BAD[case]
+    done = runner(project, "all", "--config", write_config(project, change))
+    assert done.returncode == 1
+    assert words in one_sentence(done.stderr)
+    assert not (project / "papermill_runs").exists()
+
+
+def test_a_missing_config_ends_the_program_with_one_sentence(project):
+    done = runner(project, "all", "--config", "configs/micr.yaml")
+    assert done.returncode == 1
+    assert "no config file configs/micr.yaml; there are: " in one_sentence(done.stderr)
+    assert "configs/micro.yaml" in done.stderr
+
+
+@pytest.mark.parametrize("case", [case for case in BAD if case not in AS_A_PROGRAM])
+def test_bad_input_is_refused_before_anything_runs(project, monkeypatch, capsys, case):
+    change, words = BAD[case]
+    monkeypatch.chdir(project)
+    with pytest.raises(SystemExit) as raised:
+        main(["all", "--config", write_config(project, change)])
+    assert raised.value.code == 1
+    assert words in one_sentence(capsys.readouterr().err)
+    assert not (project / "papermill_runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--stage", "stf", "--variant", "math"), "unknown stage 'stf'; one of curation"),
+        (("--stage", "sft", "--variant", "maths"), "stage sft has no variant 'maths'; it has math"),
+    ],
+)
+def test_an_unknown_stage_or_variant_is_one_sentence(project, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(project)
+    with pytest.raises(SystemExit) as raised:
+        main(["stage", "--config", "configs/micro.yaml", *arguments])
+    assert raised.value.code == 1
+    assert words in one_sentence(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments", [("all",), ("stage", "--stage", "curation", "--variant", "math")])
+def test_a_run_folder_that_can_not_be_written_is_one_sentence(project, monkeypatch, capsys, arguments):
+    (project / "papermill_runs").write_text("a file where the folder should be")
+    monkeypatch.chdir(project)
+    with pytest.raises(SystemExit) as raised:
+        main([arguments[0], "--config", "configs/micro.yaml", *arguments[1:]])
+    assert raised.value.code == 1
+    assert re.search(r"can not write to .*papermill_runs/micro", one_sentence(capsys.readouterr().err))
+
+
+def test_a_second_run_of_one_config_is_refused(project, monkeypatch, capsys):
+    import filelock
+
+    monkeypatch.chdir(project)
+    (project / "papermill_runs" / "micro").mkdir(parents=True)
+    with filelock.FileLock(project / "papermill_runs" / "micro" / ".run.lock"), pytest.raises(SystemExit) as raised:
+        main(["all", "--config", "configs/micro.yaml"])
+    assert raised.value.code == 1
+    assert "another `make run` is using papermill_runs/micro" in one_sentence(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_unknown_notebook_parameter_is_refused_with_the_nearest_name(stage):
+    path = ROOT / "notebooks" / f"{STAGES[stage].notebook}.ipynb"
+    known = notebook_parameters(nbformat.read(path, as_version=4))
+    config = load_config(ROOT / "configs" / "micro.yaml")
+    given = stage_parameters(config, stage, next(iter(getattr(config, stage).variants))).model_dump()
+    check_parameters(path, given, known)
+    with pytest.raises(ValueError, match=rf"{path.name}: unknown parameter 'varian'; did you mean 'variant'\?"):
+        check_parameters(path, {**given, "varian": "x"}, known)
+
+
+def test_a_notebook_without_parameters_says_so():
+    with pytest.raises(ValueError, match="no cell tagged 'parameters'"):
+        notebook_parameters(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x: int = 1")]))
+
+
+def test_lines_of_parallel_stages_stay_whole(capsys):
+    first, second = PrefixedLines("sft/math"), PrefixedLines("sft/code")
+    first.write("step 1 ")
+    second.write("step 9\n")
+    first.write("loss 2\n10 %\r90 %\nrest")
+    assert capsys.readouterr().out.splitlines() == ["sft/code  step 9", "sft/math  step 1 loss 2", "sft/math  90 %"]
+
+
+def planned(output: str) -> dict[str, int]:
+    """Jobs per rule, from Snakemake's table."""
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE)}
+
+
+def test_the_papers_run_is_planned_and_nothing_is_run(project):
+    done = runner(project, "all", "--config", "configs/tinyr1-32b.yaml", "--dry-run", "--cores", "2")
+    assert done.returncode == 0, done.stderr
+    jobs = planned(done.stdout + done.stderr)
+    jobs.pop("total")
+    assert jobs == {"curation": 3, "sft": 4, "merge": 3, "evaluation": 8, "stress": 3, "analysis": 1, "all": 1}
+    assert "is done" not in done.stdout
+    assert {path.name for path in (project / "papermill_runs" / "tinyr1-32b").iterdir()} <= {".run.lock"}
