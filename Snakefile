@@ -2,13 +2,16 @@
 # outputs of failed jobs and before re-runs, can never delete a model or a completion. A manifest holds facts only:
 # a stage that is run again and ends the same leaves the same file, and nothing behind it runs again.
 import json
+import shlex
 import sys
 
 from tinyr1_utils.config import STAGES, load_config, stage_parameters, upstream
 
-RUN = load_config(config.get("run_config", "configs/micro.yaml"), data_root=config.get("data_root", ""))
-CONFIG = config.get("run_config", "configs/micro.yaml")
-DATA_ROOT = config.get("data_root", "")
+CONFIG = config.get("run_config") or "configs/micro.yaml"
+DATA_ROOT = config.get("data_root") or ""
+DATA_OPTION = f"--data-root {shlex.quote(DATA_ROOT)}" if DATA_ROOT else ""
+PYTHON = sys.executable
+RUN = load_config(CONFIG, data_root=DATA_ROOT)
 
 
 def manifests(names):
@@ -25,13 +28,6 @@ def inputs_of(stage):
 
 def facts_of(stage):
     return lambda wildcards: json.dumps(stage_parameters(RUN, stage, wildcards.variant).facts(), sort_keys=True)
-
-
-def command(stage):
-    return (
-        f"{sys.executable} -m tinyr1_utils.stage_runner stage --config {CONFIG} --stage {stage} "
-        f"--variant {{wildcards.variant}} --data-root '{DATA_ROOT}'"
-    )
 
 
 def resource(stage, name):
@@ -56,6 +52,7 @@ for STAGE, parameters in STAGES.items():
         wildcard_constraints:
             variant=variants(STAGE),
         params:
+            stage=STAGE,
             facts=facts_of(STAGE),
         threads: resource(STAGE, "cores")
         resources:
@@ -64,4 +61,5 @@ for STAGE, parameters in STAGES.items():
             mem_mb=resource(STAGE, "memory_gib") * 1024,
             runtime=resource(STAGE, "minutes"),
         shell:
-            command(STAGE)
+            "{PYTHON:q} -m tinyr1_utils.stage_runner stage --config {CONFIG:q} {DATA_OPTION}"
+            " --stage {params.stage} --variant {wildcards.variant}"

@@ -15,9 +15,9 @@ import re
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from tinyr1_utils.micro_problems import generate, teach, teach_statement
@@ -52,10 +52,10 @@ def corpus(config: dict) -> list[dict]:
 
 
 def train_tokenizer(rows: list[dict], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with every digit a token of its own, ChatML tokens and think tags."""
+    """A byte-level BPE with ChatML tokens and think tags; digits merge to whole numbers, apart from letters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

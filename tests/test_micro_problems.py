@@ -68,7 +68,7 @@ SENTENCES = (
     (r"buys (\d+) more\.", lambda v, n: v + n), (r"gives \w+ (\d+) more\.", lambda v, n: v + n),
     (r"finds (\d+) more\.", lambda v, n: v + n), (r"gives away (\d+)\.", lambda v, n: v - n),
     (r"loses (\d+)\.", lambda v, n: v - n), (r"sells (\d+)\.", lambda v, n: v - n),
-    (r"grows (\d+)-fold\.", lambda v, n: v * n), (r"each of (\d+) people", lambda v, n: v / n),
+    (r"grows (\d+)-fold\.", lambda v, n: v * n), (r"equally .*?(\d+) people", lambda v, n: v / n),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The pipeline as a user runs it: real notebooks, papermill, Snakemake, TRL, mergekit and vLLM, on the micro backbone."""
+"""The pipeline as a user runs it: real notebooks, papermill, Snakemake, TRL, mergekit and vLLM on micro."""
 
 import json
 import os
@@ -114,12 +114,17 @@ def test_killed_sft_ends_as_an_undisturbed_one(project):
     assert not orphans(project) and not (folder / "manifest.json").exists()
     output = finish(run_stage(project, disturbed, "sft", "math"))
     assert "from step 0 " not in output, "started again instead of resuming"
-    assert manifests(project, "killed")["sft/math/manifest.json"] == manifests(project, "calm")["sft/math/manifest.json"]
+    assert (
+        manifests(project, "killed")["sft/math/manifest.json"] == manifests(project, "calm")["sft/math/manifest.json"]
+    )
     assert not list(folder.glob(".*.partial")) and not (folder / "checkpoints").exists()
 
 
 def test_killed_evaluation_ends_as_an_undisturbed_one(project):
-    shared = {"shared": SMALL | {"benchmarks": "micro-math,micro-code"}, "variants": {"backbone": {"model": "backbone"}}}
+    shared = {
+        "shared": SMALL | {"benchmarks": "micro-math,micro-code"},
+        "variants": {"backbone": {"model": "backbone"}},
+    }
     calm = write_config(project, "calm", evaluation=shared)
     finish(run_stage(project, calm, "evaluation", "backbone"))
     disturbed = write_config(project, "killed", evaluation=shared)

@@ -79,7 +79,10 @@ def with_tokens(rows: list[Row], tokenizer) -> list[Row]:
 def judge_complete(rows: list[Row]) -> Iterable[str]:
     """Reasoning closed and an answer behind it."""
     for row in rows:
-        yield "" if row.trace.finished and row.trace.answer.strip() else "the teacher was cut off before its answer"
+        if row.trace.finished and row.trace.answer.strip():
+            yield ""
+        else:
+            yield "the teacher was cut off before its answer" if row.trace.teacher else "no trace"
 
 
 def judge_length(rows: list[Row], max_seq_tokens: int) -> Iterable[str]:
@@ -159,11 +162,15 @@ def select(rows: list[Row], judges: dict[str, Judge], progress: Callable[[str], 
 
 
 def read_rows(loaded: Loaded, tokenizer) -> list[Row]:
-    """Problems joined with their traces, in order. Raises ValueError when the source carries no traces."""
-    rows = [Row(problem, loaded.traces[problem.id]) for problem in loaded.problems if problem.id in loaded.traces]
-    if not rows:
+    """Problems joined with their traces, in order; one without a trace gets an unfinished empty one, so that it counts.
+
+    Raises ValueError when the source carries no traces at all.
+    """
+    if not loaded.traces:
         raise ValueError("the source carries no teacher traces; name a training source (see tinyr1_utils/sources.py)")
-    return with_tokens(rows, tokenizer)
+    without = [Trace(problem.id, "", "", "", finished=False) for problem in loaded.problems]
+    traces = [loaded.traces.get(p.id, empty) for p, empty in zip(loaded.problems, without, strict=True)]
+    return with_tokens([Row(p, trace) for p, trace in zip(loaded.problems, traces, strict=True)], tokenizer)
 
 
 def curate(loaded: Loaded, tokenizer, parameters: CurationParameters) -> Selection:

@@ -50,7 +50,7 @@ MATH_SENTENCES = {
     "+": ("{name} buys {n} more.", "A friend gives {name} {n} more.", "Then {name} finds {n} more."),
     "-": ("{name} gives away {n}.", "Then {name} loses {n}.", "{name} sells {n}."),
     "*": ("Then the number of {object} grows {n}-fold.",),
-    "/": ("{name} shares them equally with others so that each of {n} people has the same, and keeps one share.",),
+    "/": ("{name} shares them equally among {n} people and keeps one share.",),
 }
 MATH_OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda value, n: value + n,
@@ -60,7 +60,9 @@ MATH_OPERATIONS: dict[str, Callable[[int, int], int]] = {
 }
 
 
-LARGEST_VALUE = 30  # keeps every step a fact that a small model can learn: the difficulty is in how many steps there are
+LARGEST_VALUE = (
+    30  # keeps every step a fact that a small model can learn: the difficulty is in how many steps there are
+)
 
 
 def _math_choices(value: int, common: bool) -> list[tuple[str, int]]:

@@ -350,6 +350,7 @@ def main() -> None:
     """The job that a launcher starts: `python -m tinyr1_utils.sft --job job.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--job", type=Path, required=True)
+    launch.die_with_parent()  # a worker of torchrun or deepspeed ends with its launcher
     train(json.loads(parser.parse_args().job.read_text()))
 
 
