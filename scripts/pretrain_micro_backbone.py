@@ -130,6 +130,16 @@ def batches(encoded: list[list[int]], batch_tokens: int, rng: random.Random):
         yield ids, labels
 
 
+def make_optimizers(model, settings: dict) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embedding, norms and biases, at one learning rate."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    rate, decay = settings["learning_rate"], settings["weight_decay"]
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    betas = tuple(settings["adam_betas"])
+    return [muon, torch.optim.AdamW(others, lr=rate, betas=betas, weight_decay=decay, fused=True)]
+
+
 def train(model, tokenizer, rows: list[dict], config: dict, out: Path) -> tuple[list[dict], dict | None]:
     """Train until a checkpoint has all three scores in the range. Returns every checkpoint's row and the chosen one.
 
@@ -141,16 +151,11 @@ def train(model, tokenizer, rows: list[dict], config: dict, out: Path) -> tuple[
     """
     settings, rng = config["trainer"], random.Random(config["seed"])
     ranges = config["score_range"]
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings["learning_rate"],
-        betas=tuple(settings["adam_betas"]),
-        weight_decay=settings["weight_decay"],
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / settings["warmup_steps"])
-    )
+    optimizers = make_optimizers(model, settings)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / settings["warmup_steps"]))
+        for optimizer in optimizers
+    ]
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings["weight_average"]))
     encoded, checkpoints, step = encode(rows, tokenizer), [], 0
     for _ in range(settings["epochs"]):
@@ -159,9 +164,10 @@ def train(model, tokenizer, rows: list[dict], config: dict, out: Path) -> tuple[
                 loss = model(ids, labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
             averaged.update_parameters(model)
             step += 1
             if step % 25 == 0:

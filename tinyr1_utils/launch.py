@@ -20,6 +20,11 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def search_path() -> str:
+    """PATH with this environment's programs first: DeepSpeed looks ninja up there, wherever the notebook was started."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
 def command(parameters: SftParameters, module: str, arguments: Sequence[str]) -> list[str]:
     """The command line that runs `python -m module arguments` as the parameters' launcher does it.
 
@@ -59,7 +64,7 @@ def run(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+        env={**os.environ, "PATH": search_path(), "PYTHONUNBUFFERED": "1", **(environment or {})},
         cwd=folder,
         start_new_session=True,
         preexec_fn=die_with_parent,
