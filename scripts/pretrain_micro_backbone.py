@@ -177,7 +177,9 @@ def train(model, tokenizer, rows: list[dict], config: dict, out: Path) -> tuple[
                 checkpoints.append(row)
                 print(json.dumps(row), flush=True)
                 averaged.module.save_pretrained(out / f"step-{step}")
-                if all(ranges[domain][0] <= row[domain] <= ranges[domain][1] for domain in DOMAINS):
+                if step >= config["min_steps"] and all(
+                    ranges[domain][0] <= row[domain] <= ranges[domain][1] for domain in DOMAINS
+                ):
                     return checkpoints, row
     return checkpoints, None
 

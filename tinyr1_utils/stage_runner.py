@@ -122,7 +122,6 @@ def execute(parameters: StageParameters) -> Path:
             kernel_name="python3",
             cwd=source.parent,
             progress_bar=False,
-            log_output=True,
             stdout_file=PrefixedLines(label),
             stderr_file=io.StringIO(),  # libraries' warnings stay in the executed copy
             extra_arguments=["--log-level=CRITICAL"],
