@@ -17,7 +17,7 @@ FLOORS = {
     1: ("prompts", "answers", "metrics", "perturbations", "micro_problems", "packing", "adapters", "looks"),
     2: ("artifacts", "backbones", "generation", "sandbox", "launch", "sources"),
     3: ("curation", "sft", "merging", "evaluation", "stress", "analysis", "status", "reported"),
-    4: ("tables", "figures", "stage_figures", "live", "stage_runner"),
+    4: ("tables", "figures", "stage_figures", "live", "publishing", "stage_runner"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 
@@ -29,6 +29,7 @@ SIBLINGS = {
     ("stage_figures", "figures"): "one style file for all figures",
     ("live", "stage_figures"): "the curve that redraws itself is the one that the notebook shows at the end",
     ("stage_runner", "figures"): "`make figures` redraws the published figures",
+    ("stage_runner", "publishing"): "`make publish` copies a finished run's results",
 }
 
 # Slow or optional libraries: imported by the function that uses them, but for the modules named here.

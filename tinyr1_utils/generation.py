@@ -79,6 +79,8 @@ def vllm_engine(model: Path, parameters: GenerationParameters) -> Engine:
         gpu_memory_utilization=parameters.gpu_memory_share,
         enforce_eager=on_cpu,
         enable_prefix_caching=not on_cpu,
+        # A prompt split over two steps makes vLLM rewind its request's generator, which a CPU generator can not do.
+        enable_chunked_prefill=not on_cpu,
         seed=parameters.seed,
         disable_log_stats=True,
         use_tqdm_on_load=False,
