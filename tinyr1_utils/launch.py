@@ -21,7 +21,7 @@ def die_with_parent() -> None:
 
 
 def search_path() -> str:
-    """PATH with this environment's programs first: DeepSpeed looks ninja up there, wherever the notebook was started."""
+    """PATH with this environment's programs first: DeepSpeed looks ninja up there by name."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
