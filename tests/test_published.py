@@ -1,0 +1,53 @@
+"""What is committed of finished runs: no machine inside, README quotes it, figures redraw to the byte."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from tinyr1_utils.figures import redraw_published
+
+PUBLISHED = REPOSITORY / "papermill_runs" / "published"
+RUNS = sorted(path.name for path in PUBLISHED.glob("*") if path.is_dir())
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_nothing_of_the_machine_is_inside(run):
+    for path in (PUBLISHED / run).rglob("*"):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"(/home/|/root/|/work/|/tmp/\w|/Users/)", text), path
+            assert path.stat().st_size < 1_000_000, path
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_readme_quotes_the_published_table(run):
+    table = (PUBLISHED / run / "tables" / "main.md").read_text().strip()
+    assert table in (REPOSITORY / "README.md").read_text(), f"README's table of {run} is not the published one"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_manifests_are_whole(run):
+    manifests = [json.loads(path.read_text()) for path in (PUBLISHED / run).glob("*/*/manifest.json")]
+    names = {f"{m['stage']}/{m['variant']}" for m in manifests}
+    needed = {name for m in manifests for name in m["inputs"] if "/" in name and not name.startswith("hub:")}
+    assert needed <= names
+
+
+def test_figures_redraw_to_the_byte(tmp_path):
+    redraw_published(PUBLISHED, tmp_path)
+    drawn = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
+    committed = sorted(
+        p.relative_to(REPOSITORY / "figures")
+        for p in (REPOSITORY / "figures").rglob("*")
+        if p.is_file() and p.suffix in {".pdf", ".png", ".csv"}
+    )
+    assert drawn == committed
+    different = [str(name) for name in drawn if not _same(tmp_path / name, REPOSITORY / "figures" / name)]
+    assert not different, f"`make figures` changes {different}"
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.read_bytes() == b.read_bytes()
