@@ -49,6 +49,7 @@ def delta_cosines(frame: pd.DataFrame) -> Figure:
     figure, axes = _axes(2.6)
     sns.heatmap(cosines, vmin=-1, vmax=1, cmap="vlag", annot=True, fmt=".2f", square=True, ax=axes)
     axes.tick_params(axis="x", rotation=30)
+    axes.tick_params(axis="y", rotation=0)
     axes.set_title("cosine of the differences to the backbone")
     return figure
 
