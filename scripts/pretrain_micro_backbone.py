@@ -16,11 +16,21 @@ from pathlib import Path
 
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from tinyr1_utils.micro_problems import generate, teach, teach_statement
+from tinyr1_utils.micro_problems import (
+    OBJECTS,
+    PEOPLE,
+    PLACES,
+    generate,
+    option_line,
+    result_line,
+    teach,
+    teach_statement,
+)
+from tinyr1_utils.packing import Sample, collate, pack
 from tinyr1_utils.perturbations import true_false
 from tinyr1_utils.prompts import chat
 from tinyr1_utils.records import DOMAINS, LETTERS
@@ -47,15 +57,42 @@ def corpus(config: dict) -> list[dict]:
                 answer = teach_statement(problem, problem.options[index], index == right).text
                 problem = true_false(problem, index)
             rows.append({"prompt": chat(problem), "completion": [{"role": "assistant", "content": answer}]})
+    rows += [drill(rng) for drill in (copy_drill, lookup_drill) for _ in range(config["drills"])]
     rng.shuffle(rows)
     return rows
 
 
+def _drill(task: str, text: str, answer: str) -> dict:
+    user, assistant = {"role": "user", "content": f"{task}\n{text}"}, {"role": "assistant", "content": answer}
+    return {"prompt": [user], "completion": [assistant]}
+
+
+def copy_drill(rng: random.Random) -> dict:
+    """A random list to repeat: taking words from the prompt is what a small model is slowest to learn."""
+    words = [str(n) for n in rng.choices(range(1, 100), k=10)] + rng.sample(PEOPLE + OBJECTS + PLACES, 6)
+    rng.shuffle(words)
+    text = "\n".join(" ".join([f"{letter})", *words[i * 4 : i * 4 + 4]]) for i, letter in enumerate("ABCD"))
+    return _drill("Repeat:", text, text)
+
+
+def lookup_drill(rng: random.Random) -> dict:
+    """Which letter belongs to a number, for each of four: the last step of every multiple-choice answer."""
+    options = list(zip(rng.sample(range(1, 100), 4), "ABCD", strict=True))
+    lines = [option_line(*option) for option in options]
+    lines += [result_line(*option) for option in rng.sample(options, 4)]
+    return _drill("Find:", "\n".join(f"{letter}) {number}" for number, letter in options), "\n".join(lines))
+
+
 def train_tokenizer(rows: list[dict], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with ChatML tokens and think tags; digits merge to whole numbers, apart from letters."""
+    """A byte-level BPE with ChatML tokens and think tags.
+
+    Words end at a space or a digit and keep the space before them, so that a common number and an option's label are
+    one token each: then a model finds what followed a label by looking for the one token before.
+    """
     tokenizer = Tokenizer(models.BPE())
+    words = Regex(r" ?\d+| ?[^\s\d]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -96,38 +133,26 @@ def held_out_scores(model, tokenizer, n_problems: int) -> dict[str, float]:
     return scores
 
 
-def encode(rows: list[dict], tokenizer) -> list[list[int]]:
-    """Token ids of every sample, prompt, response and end-of-turn token."""
-    encoded = []
-    for row in rows:
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-        text = prompt + row["completion"][0]["content"] + tokenizer.eos_token
-        encoded.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return encoded
-
-
-def batches(encoded: list[list[int]], batch_tokens: int, rng: random.Random):
-    """One epoch of batches of similar length, in random order, padded on the right.
+def encode(rows: list[dict], tokenizer) -> list[Sample]:
+    """Every pretraining sample: prompt, response and end-of-turn token.
 
     Every token carries loss: the names and numbers that a question repeats are what teaches a model to copy, and
     without copying it can not calculate with what it was given.
     """
-    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), rng.random()))
-    groups, group = [], []
-    for index in order:
-        if group and (len(group) + 1) * len(encoded[index]) > batch_tokens:
-            groups.append(group)
-            group = []
-        group.append(index)
-    groups.append(group)
-    rng.shuffle(groups)
-    for group in groups:
-        width = max(len(encoded[i]) for i in group)
-        ids = torch.zeros(len(group), width, dtype=torch.long)
-        labels = torch.full((len(group), width), -100)
-        for row, i in enumerate(group):
-            ids[row, : len(encoded[i])] = labels[row, : len(encoded[i])] = torch.tensor(encoded[i])
-        yield ids, labels
+    samples = []
+    for row in rows:
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        text = prompt + row["completion"][0]["content"] + tokenizer.eos_token
+        samples.append(Sample(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), prompt_tokens=1))
+    return samples
+
+
+def batches(samples: list[Sample], row_tokens: int, rows_per_batch: int, pad_id: int, rng: random.Random):
+    """One epoch of batches of packed rows in random order, each row with short and long samples of several domains."""
+    rows = [vars(row) for row in pack(samples, row_tokens, "neat")]
+    rng.shuffle(rows)
+    for start in range(0, len(rows), rows_per_batch):
+        yield collate(rows[start : start + rows_per_batch], pad_id)
 
 
 def make_optimizers(model, settings: dict) -> list[torch.optim.Optimizer]:
@@ -147,7 +172,6 @@ def train(model, tokenizer, rows: list[dict], config: dict, out: Path) -> tuple[
     saved in `out` as they are scored.
 
     A plain loop: at two million parameters the trainer's per-step metrics cost more than the model itself.
-    Right padding needs no attention mask under causal attention, since padding carries no loss.
     """
     settings, rng = config["trainer"], random.Random(config["seed"])
     ranges = config["score_range"]
@@ -157,11 +181,11 @@ def train(model, tokenizer, rows: list[dict], config: dict, out: Path) -> tuple[
         for optimizer in optimizers
     ]
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings["weight_average"]))
-    encoded, checkpoints, step = encode(rows, tokenizer), [], 0
+    samples, checkpoints, step = encode(rows, tokenizer), [], 0
     for _ in range(settings["epochs"]):
-        for ids, labels in batches(encoded, settings["batch_tokens"], rng):
+        for batch in batches(samples, settings["row_tokens"], settings["rows_per_batch"], tokenizer.pad_token_id, rng):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = model(ids, labels=labels).loss
+                loss = model(**batch, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):

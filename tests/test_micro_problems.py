@@ -50,6 +50,12 @@ def test_no_two_splits_ask_the_same_whatever_the_seed(domain, train):
     assert not held["validation"] & held["test"]
 
 
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_no_held_out_problem_asks_what_another_does(domain):
+    for split in ("validation", "test"):
+        assert len({problem.metadata["content"] for problem in generate(domain, split, 100, 3)}) == 100
+
+
 def test_splits_have_their_shares():
     share = sum(split_of(f"content {i}") == "train" for i in range(4000)) / 4000
     assert abs(share - 205 / 256) < 4.5 * math.sqrt(0.16 / 4000)
@@ -132,10 +138,23 @@ MASSES = {
 }  # fmt: skip
 QUANTITIES = (
     (r"covers (\d+) m in (\d+) s", lambda a, b: a / b, "m/s"), (r"at (\d+) m/s for (\d+) s", lambda a, b: a * b, "m"),
+    (r"covers (\d+) m at (\d+) m/s", lambda a, b: a / b, "s"),
+    (r"(\d+) kg moves at (\d+) m/s", lambda a, b: a * b, "kg m/s"),
     (r"mass of (\d+) kg accelerates at (\d+) m/s\^2", lambda a, b: a * b, "N"),
-    (r"(\d+) A flows through (\d+) ohm", lambda a, b: a * b, "V"),
-    (r"body of (\d+) g has a volume of (\d+) cm", lambda a, b: a / b, "g/cm^3"),
+    (r"(\d+) N accelerates a body at (\d+) m/s\^2", lambda a, b: a / b, "kg"),
     (r"to (\d+) m/s in (\d+) s", lambda a, b: a / b, "m/s^2"),
+    (r"(\d+) N pushes a cart (\d+) m ahead", lambda a, b: a * b, "J"),
+    (r"(\d+) N presses on (\d+) m\^2", lambda a, b: a / b, "Pa"),
+    (r"(\d+) W runs for (\d+) s", lambda a, b: a * b, "J"),
+    (r"(\d+) J of work in (\d+) s", lambda a, b: a / b, "W"),
+    (r"lamp takes (\d+) A at (\d+) V", lambda a, b: a * b, "W"),
+    (r"(\d+) A flows through (\d+) ohm", lambda a, b: a * b, "V"),
+    (r"(\d+) V lies across (\d+) ohm", lambda a, b: a / b, "A"),
+    (r"(\d+) V drives a current of (\d+) A", lambda a, b: a / b, "ohm"),
+    (r"(\d+) A flows for (\d+) s", lambda a, b: a * b, "C"),
+    (r"body of (\d+) g has a volume of (\d+) cm", lambda a, b: a / b, "g/cm^3"),
+    (r"liquid of (\d+) g/cm\^3 fills (\d+) cm", lambda a, b: a * b, "g"),
+    (r"wave of (\d+) Hz has a wavelength of (\d+) m", lambda a, b: a * b, "m/s"),
 )  # fmt: skip
 
 
@@ -162,7 +181,7 @@ def test_science_references_follow_from_the_text(train):
         letters.add(problem.reference)
         units.add(unit)
     assert letters == set("ABCD")
-    assert len(units) >= 12
+    assert len(units) >= 18
 
 
 def test_right_letters_lean_to_no_side(train):

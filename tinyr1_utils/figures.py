@@ -20,6 +20,7 @@ from tinyr1_utils.records import atomic_path
 STYLE = Path(__file__).with_name("tinyr1.mplstyle")
 TEXT_WIDTH_IN = 7.0
 COLUMNS = 3
+NARROWEST_SCALE = 5.0  # percent; an accuracy panel shows at least this much
 REPORTED_FACE = "#F0F0F0"
 ROW_IN, PANEL_IN = 0.16, 0.62  # height of one row of a panel; of its title, ticks and axis label
 DASHES = ["", (4, 1.5), (1, 1), (3, 1, 1, 1)]
@@ -126,6 +127,7 @@ def accuracy_by_model(frame: pd.DataFrame) -> Figure:
         is_backbone = part["model"].map(lambda name: "backbone" in (name, looks.twin(name)))
         for value in part.loc[is_backbone, "pass_at_1"].head(1):
             axes.axvline(100 * value, color=looks.look("backbone").colour, linewidth=0.7, linestyle="--", zorder=0)
+        axes.update_datalim([(0, 0), (NARROWEST_SCALE, 0)])  # all near zero is drawn as near zero, not magnified
 
     return _panels(frame, "benchmark", "model", "pass@1 (%)", "model", draw)
 

@@ -1,7 +1,7 @@
 """Owns the generated problems of the micro world and its scripted teacher. Reads and writes no file.
 
 Three domains with answers that a program can check: word problems (math), functions over lists of integers (code),
-and four-way choices on true facts (science: SI conversions, kinematics, Newton, Ohm, density, molar masses).
+and four-way choices on true facts (science: unit conversions, two-factor formulas of physics, molar masses).
 A problem belongs to `train`, `validation` or `test` by a hash of what it asks, not of its wording, so no two splits
 can share a problem whatever the seeds.
 """
@@ -178,41 +178,29 @@ def _code_trace(problem: Problem, rng: random.Random | None) -> tuple[str, str]:
 
 # --- science: a quantity from a formula, four options ------------------------------------------------------------
 
-# name -> (question, formula in words, unit, function of two small integers -> (first shown, second shown, answer))
-FORMULAS: dict[str, tuple[str, str, str, Callable[[int, int], tuple[int, int, int]]]] = {
-    "speed": (
-        "a cart covers {a} m in {b} s at constant speed. What is its speed",
-        "v = d / t",
-        "m/s",
-        lambda v, t: (v * t, t, v),
-    ),
-    "distance": ("a cart moves at {a} m/s for {b} s. How far does it go", "d = v * t", "m", lambda v, t: (v, t, v * t)),
-    "force": (
-        "a mass of {a} kg accelerates at {b} m/s^2. What force acts on it",
-        "F = m * a",
-        "N",
-        lambda m, a: (m, a, m * a),
-    ),
-    "voltage": (
-        "a current of {a} A flows through {b} ohm. What is the voltage",
-        "U = I * R",
-        "V",
-        lambda i, r: (i, r, i * r),
-    ),
-    "density": (
-        "a body of {a} g has a volume of {b} cm^3. What is its density",
-        "rho = m / V",
-        "g/cm^3",
-        lambda rho, v: (rho * v, v, rho),
-    ),
-    "acceleration": (
-        "a cart goes from rest to {a} m/s in {b} s. What is its acceleration",
-        "a = v / t",
-        "m/s^2",
-        lambda a, t: (a * t, t, a),
-    ),
+# name -> (what is noted, formula, unit of the answer); the two numbers follow the formula's order.
+FORMULAS: dict[str, tuple[str, str, str]] = {
+    "speed": ("a cart covers {a} m in {b} s at constant speed. What is its speed", "v = d / t", "m/s"),
+    "distance": ("a cart moves at {a} m/s for {b} s. How far does it go", "d = v * t", "m"),
+    "force": ("a mass of {a} kg accelerates at {b} m/s^2. What force acts on it", "F = m * a", "N"),
+    "density": ("a body of {a} g has a volume of {b} cm^3. What is its density", "rho = m / V", "g/cm^3"),
+    "voltage": ("a current of {a} A flows through {b} ohm. What is the voltage", "U = I * R", "V"),
+    "current": ("a voltage of {a} V lies across {b} ohm. What current flows", "I = U / R", "A"),
+    "acceleration": ("a cart goes from rest to {a} m/s in {b} s. What is its acceleration", "a = v / t", "m/s^2"),
+    "momentum": ("a body of {a} kg moves at {b} m/s. What is its momentum", "p = m * v", "kg m/s"),
+    "duration": ("a cart covers {a} m at {b} m/s. How long does it take", "t = d / v", "s"),
+    "work": ("a force of {a} N pushes a cart {b} m ahead. What work does it do", "W = F * d", "J"),
+    "pressure": ("a force of {a} N presses on {b} m^2. What is the pressure", "p = F / A", "Pa"),
+    "charge": ("a current of {a} A flows for {b} s. What charge passes", "Q = I * t", "C"),
+    "resistance": ("a voltage of {a} V drives a current of {b} A. What is the resistance", "R = U / I", "ohm"),
+    "energy": ("a motor of {a} W runs for {b} s. What energy does it take", "E = P * t", "J"),
+    "power": ("a motor does {a} J of work in {b} s. What is its power", "P = W / t", "W"),
+    "electric power": ("a lamp takes {a} A at {b} V. What is its power", "P = I * U", "W"),
+    "inertia": ("a force of {a} N accelerates a body at {b} m/s^2. What is its mass", "m = F / a", "kg"),
+    "wave speed": ("a wave of {a} Hz has a wavelength of {b} m. How fast is it", "c = f * l", "m/s"),
+    "mass": ("a liquid of {a} g/cm^3 fills {b} cm^3. What is its mass", "m = rho * V", "g"),
 }
-COMMON_FORMULAS = ("speed", "distance", "force")
+COMMON_FORMULAS = tuple(FORMULAS)[:6]
 CONVERSIONS = (("km", "m"), ("m", "cm"), ("kg", "g"), ("hour", "minute"), ("minute", "s"), ("L", "mL"), ("day", "hour"))
 COMMON_CONVERSIONS = CONVERSIONS[:3]
 
@@ -261,19 +249,24 @@ def _science_item(rng: random.Random, common: bool) -> tuple[str, str, list[str]
     family = rng.choice(("formula", "formula", "conversion") + (() if common else ("molar_mass",)))
     if family == "formula":
         name = rng.choice(COMMON_FORMULAS if common else tuple(FORMULAS))
-        question, formula, unit, function = FORMULAS[name]
-        first, second, answer = function(rng.randint(2, 9 if common else 12), rng.randint(2, 9))
-        sign = formula[formula.index("=") :].split()[2]
+        question, formula, unit = FORMULAS[name]
+        n, second = rng.randint(2, 9), rng.randint(2, 9)
+        if "/" in formula:
+            first, sign, answer = n * second, "/", n
+            wrong = [first, second, first + second, first - second, n + 1]
+        else:
+            first, sign, answer = n, "*", n * second
+            wrong = [first, first + second, answer + first, answer - second, answer + 10]
         lines = [f"{formula}", f"{first} {sign} {second} = {answer}"]
-        wrong = [first + second, abs(first - second), first, first * second if sign == "/" else first * second + second]
         return f"{name}|{first}|{second}", question.format(a=first, b=second), lines, answer, unit, wrong
     if family == "conversion":
         source, target = rng.choice(COMMON_CONVERSIONS if common else CONVERSIONS)
-        factor, amount = conversion_factor(source, target), rng.randint(2, 12 if common else 30)
+        factor, amount = conversion_factor(source, target), rng.randint(2, 9)
         answer = amount * factor
         lines = [f"1 {source} = {factor} {target}", f"{amount} * {factor} = {answer}"]
         question = f"a length of time, space or mass reads {amount} {source}. How much is it in {target}"
-        wrong = [answer * 10, answer // 10, amount + factor, answer + factor]
+        # The amount times another pair's factor: the mistake that people make.
+        wrong = [amount * other for other in (10, 24, 60, 100, 1000)]
         return f"{source}|{target}|{amount}", question, lines, answer, target, wrong
     compound = rng.choice(compounds())
     parts = [_atomic_mass(symbol) * count for symbol, count in compound]
@@ -305,16 +298,24 @@ def _science(rng: random.Random, common: bool) -> Problem:
     return _problem("science", content, question, "choice", letter, options=options, metadata=metadata)
 
 
+def option_line(value: int, letter: str) -> str:
+    """An option with its letter after the value too, so that a small model finds the letter by copying forward."""
+    return f"{letter}) {value} ({letter})"
+
+
+def result_line(value: int, letter: str) -> str:
+    return f"Result {value} ({letter})"
+
+
 def _science_trace(problem: Problem, rng: random.Random | None) -> tuple[str, str]:
     lines, values = list(problem.metadata["lines"]), problem.metadata["values"]
     believed = problem.metadata["answer"]
     if rng:
         believed = rng.choice([value for value in values if value != believed])
         lines[-1] = f"{lines[-1].split(' = ')[0]} = {believed}"
-    for letter, value in zip(LETTERS, values, strict=False):
-        lines.append(f"{letter}) {value}: {'yes' if value == believed else 'no'}")
-        if value == believed:
-            break
+    lines += [option_line(value, letter) for value, letter in zip(values, LETTERS, strict=False)]
+    letter = LETTERS[values.index(believed)]
+    lines.append(result_line(believed, letter))
     return "\n".join(lines), f"The answer is \\boxed{{{letter}}}."
 
 
@@ -332,6 +333,9 @@ TRACERS = {"math": _math_trace, "code": _code_trace, "science": _science_trace}
 def generate(domain: str, split: str, n_problems: int, seed: int, *, common_only: bool = False) -> list[Problem]:
     """`n_problems` different problems of one domain and split, in an order that the seed fixes.
 
+    In the held-out splits no two problems have the same content, so that errors clustered by problem are honest; in
+    train the same content may come in other words, with other names or options.
+
     COMMON_SHARE of them come from the domain's common part (fewer steps, smaller numbers, half of the operations
     and formulas); `common_only` draws that part alone. Raises ValueError when the split holds fewer problems.
     """
@@ -342,7 +346,7 @@ def generate(domain: str, split: str, n_problems: int, seed: int, *, common_only
             return list(problems.values())
         problem = GENERATORS[domain](rng, common_only or rng.random() < COMMON_SHARE)
         if split_of(problem.metadata["content"]) == split:
-            problems.setdefault(problem.id, problem)
+            problems.setdefault(problem.id if split == "train" else problem.metadata["content"], problem)
     raise ValueError(f"micro-{domain} {split}: only {len(problems)} different problems, {n_problems} asked for")
 
 
