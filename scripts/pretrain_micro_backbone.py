@@ -18,7 +18,7 @@ import torch
 import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from tinyr1_utils.micro_problems import (
     OBJECTS,
@@ -110,6 +110,21 @@ def train_tokenizer(rows: list[dict], vocab_size: int) -> PreTrainedTokenizerFas
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def check_reloaded(model, tokenizer, rows: list[dict], folder: Path) -> None:
+    """Raises ValueError where AutoTokenizer, given model and tokenizer on disk, splits text in another way.
+
+    transformers 5 puts a model type's own pre-tokenizer in the place of the saved one for some types, qwen2 among
+    them, without a word; the model then reads tokens that it was never trained on.
+    """
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    reloaded = AutoTokenizer.from_pretrained(folder)
+    for row in rows:
+        text = row["prompt"][0]["content"]
+        if reloaded(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            raise ValueError(f"{type(reloaded).__name__} does not split as the trained tokenizer: {text!r}")
 
 
 @torch.no_grad()
@@ -223,8 +238,8 @@ def main() -> None:
     rows = corpus(config)
     tokenizer = train_tokenizer(rows, config["vocab_size"])
     torch.manual_seed(config["seed"])
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
             vocab_size=config["vocab_size"],
             max_position_embeddings=1024,
             bos_token_id=None,
@@ -233,6 +248,7 @@ def main() -> None:
             **config["model"],
         )
     )
+    check_reloaded(model, tokenizer, rows[:100], arguments.work)
     n_parameters = sum(p.numel() for p in model.parameters())
     model.train()
     print(f"{len(rows)} samples, {n_parameters / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True)
@@ -240,9 +256,12 @@ def main() -> None:
     if chosen is None:
         raise SystemExit(f"no checkpoint has all three scores in {config['score_range']}: {checkpoints}")
     record = {"config": config, "parameters": n_parameters, "checkpoints": checkpoints, "chosen": chosen}
-    best = Qwen2ForCausalLM.from_pretrained(arguments.work / f"step-{chosen['step']}", dtype=torch.bfloat16)
+    best = AutoModelForCausalLM.from_pretrained(arguments.work / f"step-{chosen['step']}", dtype=torch.bfloat16)
     best.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
+    shipped = AutoModelForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
+    reloaded = AutoTokenizer.from_pretrained(arguments.out)
+    record["shipped"] = held_out_scores(shipped, reloaded, config["scored_problems"])
     record["sha256"] = sha256(arguments.out / "model.safetensors")
     (arguments.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 

@@ -61,31 +61,29 @@ def runnable(problem: Problem, program: str | None) -> str | None:
 def grade_code(
     problems: Mapping[str, Problem], completions: Sequence[Completion], parameters: GenerationParameters, on_line=print
 ) -> list[Score]:
-    """Run each completion's program against its problem's tests in the sandbox; no program counts as `no_answer`."""
-    programs = [runnable(problems[c.problem_id], extract_code(c.text)) for c in completions]
-    jobs = [
-        sandbox.Job(program, problems[completion.problem_id].tests, problems[completion.problem_id].setup)
-        for program, completion in zip(programs, completions, strict=True)
-        if program
-    ]
-    step = max(1, len(jobs) // 4)
-    verdicts = iter(
-        sandbox.run_many(
-            jobs,
-            parameters.workers,
-            time_limit_s=parameters.time_limit_s,
-            memory_mb=parameters.memory_mb,
-            on_progress=lambda done, total: on_line(f"graded {done} of {total} programs") if done % step == 0 else None,
-        )
-        if jobs
-        else []
+    """Run each completion's program against its problem's tests in the sandbox; no program counts as `no_answer`.
+
+    A program that several samples of a problem wrote is run once.
+    """
+    jobs = []
+    for completion in completions:
+        problem = problems[completion.problem_id]
+        program = runnable(problem, extract_code(completion.text))
+        jobs.append(sandbox.Job(program, problem.tests, problem.setup) if program else None)
+    distinct = list(dict.fromkeys(job for job in jobs if job))
+    step = max(1, len(distinct) // 4)
+    verdicts = sandbox.run_many(
+        distinct,
+        parameters.workers,
+        time_limit_s=parameters.time_limit_s,
+        memory_mb=parameters.memory_mb,
+        on_progress=lambda done, total: on_line(f"graded {done} of {total} programs") if done % step == 0 else None,
     )
-    scores = []
-    for program, completion in zip(programs, completions, strict=True):
-        verdict = next(verdicts) if program else None
-        status = verdict.status if verdict else "no_answer"
-        scores.append(_score(completion, status == "passed", status, ""))
-    return scores
+    status = {job: verdict.status for job, verdict in zip(distinct, verdicts, strict=True)} | {None: "no_answer"}
+    return [
+        _score(completion, status[job] == "passed", status[job], "")
+        for job, completion in zip(jobs, completions, strict=True)
+    ]
 
 
 def grade_one(problem: Problem, completion: Completion) -> Score:

@@ -123,6 +123,7 @@ SOURCES: dict[str, Source] = {
     ),
 }  # fmt: skip
 
+MICRO_TEST_PROBLEMS = 140  # of a held-out set read whole; the science split holds little more
 # Shares of the micro teacher's raw pool that curation has to find, as a crawled pool would hold them.
 MICRO_WRONG_SHARE, MICRO_UNFINISHED_SHARE, MICRO_REPEATED_SHARE, MICRO_LEAKED_SHARE = 0.15, 0.03, 0.03, 0.02
 
@@ -231,7 +232,7 @@ def _hub_rows(name: str, source: Source) -> Iterator[tuple[int, Row]]:
 
 def _load_micro(name: str, source: Source, limit: int, seed: int) -> Loaded:
     if not source.has_traces:
-        problems = micro_problems.generate(source.domain, "test", limit or 200, seed + 1_000_000)
+        problems = micro_problems.generate(source.domain, "test", limit or MICRO_TEST_PROBLEMS, seed + 1_000_000)
         return Loaded(problems, {}, [], "generated")
     n_problems = limit or 2000
     rng = random.Random(f"{name}|{seed}")
