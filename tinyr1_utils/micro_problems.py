@@ -146,9 +146,13 @@ def _code_expected(steps: list[list], result: str, numbers: list[int]) -> object
 
 
 def _code_tests(steps: list[list], result: str, content: str) -> tuple[str, ...]:
-    """Four asserts on lists drawn from the content alone, so that equal content has equal tests."""
+    """Six asserts on lists drawn from the content alone, so that equal content has equal tests.
+
+    The long lists tell apart what short ones do not: a step left out, a multiple that no short list holds.
+    """
     rng = random.Random(content)
     inputs = [[rng.randint(1, 20) for _ in range(length)] for length in (5, 8, 6)] + [[]]
+    inputs += [[rng.randint(1, 60) for _ in range(length)] for length in (12, 24)]
     return tuple(f"assert solve({xs}) == {_code_expected(steps, result, list(xs))}" for xs in inputs)
 
 
