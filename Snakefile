@@ -34,6 +34,10 @@ def resource(stage, name):
     return getattr(RUN.stage_resources(stage), name)
 
 
+# Long training first, then what waits for it: at the end of a run no core should wait for one long job.
+PRIORITY = {"curation": 4, "sft": 3, "merge": 2, "stress": 1}
+
+
 rule all:
     input:
         manifests(f"analysis/{variant}" for variant in RUN.analysis.variants),
@@ -54,6 +58,7 @@ for STAGE, parameters in STAGES.items():
         params:
             stage=STAGE,
             facts=facts_of(STAGE),
+        priority: PRIORITY.get(STAGE, 0)
         threads: resource(STAGE, "cores")
         resources:
             gpu=resource(STAGE, "gpus"),

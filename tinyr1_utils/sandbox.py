@@ -188,9 +188,19 @@ def _command() -> tuple[str, ...]:
     return (find_bubblewrap(), *options.split(), *_system_binds(), *binds, *devices, *folders, *start, program)
 
 
-def _identity() -> dict:
-    """Whom the sandbox runs as: nobody when we are root, since the kernel exempts root from the process limit."""
-    return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+@functools.cache
+def _as_nobody() -> tuple[str, ...]:
+    """The prefix that makes a sandbox run as nobody when we are root, since the kernel exempts root from NPROC.
+
+    `setpriv` and not Popen's `user`, which makes Python fork instead of vfork: in a process that holds an engine, that
+    doubles the time of a program.
+    """
+    if os.geteuid():
+        return ()
+    setpriv = shutil.which("setpriv")
+    if not setpriv:
+        raise SandboxError("as root the sandbox needs setpriv, which is not there: install util-linux")
+    return (setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--")
 
 
 def _states(result: bytes, nonce: str) -> list[list[str]]:
@@ -258,14 +268,13 @@ def _run_once(job: Job, time_limit_s: float, memory_mb: int, output_kb: int) -> 
     result_fd, write_fd = os.pipe()
     try:
         process = subprocess.Popen(
-            [*_command(), str(write_fd)],
+            [*_as_nobody(), *_command(), str(write_fd)],
             env={},
             cwd="/",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=(write_fd,),
-            **_identity(),
         )
     except OSError as error:
         os.close(result_fd)
