@@ -308,6 +308,7 @@ def option_line(value: int, letter: str) -> str:
 
 
 def result_line(value: int, letter: str) -> str:
+    """The worked result and the letter of the option that says so."""
     return f"Result {value} ({letter})"
 
 
