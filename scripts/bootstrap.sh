@@ -84,6 +84,8 @@ python=$venv/bin/python
 find_links=${PIP_FIND_LINKS:-$("$python" -m pip config get global.find-links 2>/dev/null || true)}
 # shellcheck disable=SC2086 # pip separates by any white space, uv by commas
 find_links=$(echo $find_links | tr ' ' ,)
+cert=${PIP_CERT:-$("$python" -m pip config get global.cert 2>/dev/null || true)}
+if [ -n "$cert" ]; then export SSL_CERT_FILE=${SSL_CERT_FILE:-$cert}; fi
 if [ -n "${PIP_INDEX_URL:-}" ]; then export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}; fi
 uv=("$venv/bin/uv" pip)
 # --no-deps: the lock is complete, and leaves out on purpose what overrides*.txt names.
