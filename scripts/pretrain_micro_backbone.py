@@ -25,8 +25,7 @@ from tinyr1_utils.micro_problems import (
     PEOPLE,
     PLACES,
     generate,
-    option_line,
-    result_line,
+    option_checks,
     teach,
     teach_statement,
 )
@@ -48,7 +47,7 @@ def corpus(config: dict) -> list[dict]:
     rng, rows = random.Random(config["seed"]), []
     for domain in DOMAINS:
         common = generate(domain, "train", config["common_problems"][domain], config["seed"], common_only=True)
-        full = generate(domain, "train", config["full_problems"], config["seed"] + 1)
+        full = generate(domain, "train", config["full_problems"][domain], config["seed"] + 1)
         for problem in common * config["common_repeats"][domain] + full:
             answer = teach(problem, seed=config["seed"]).text
             if domain == "science" and rng.random() < config["statement_share"]:
@@ -76,11 +75,11 @@ def copy_drill(rng: random.Random) -> dict:
 
 
 def lookup_drill(rng: random.Random) -> dict:
-    """Which letter belongs to a number, for each of four: the last step of every multiple-choice answer."""
-    options = list(zip(rng.sample(range(1, 100), 4), "ABCD", strict=True))
-    lines = [option_line(*option) for option in options]
-    lines += [result_line(*option) for option in rng.sample(options, 4)]
-    return _drill("Find:", "\n".join(f"{letter}) {number}" for number, letter in options), "\n".join(lines))
+    """Which option equals a number, for each of four: the last step of every multiple-choice answer."""
+    values = rng.sample(range(1, 100), 4)
+    options = [f"{letter}) {value}" for letter, value in zip(LETTERS, values, strict=False)]
+    checks = [line for value in rng.sample(values, 4) for line in option_checks(values, value)]
+    return _drill("Find:", "\n".join(options), "\n".join(checks))
 
 
 def train_tokenizer(rows: list[dict], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -150,7 +150,7 @@ QUANTITIES = (
     (r"lamp takes (\d+) A at (\d+) V", lambda a, b: a * b, "W"),
     (r"(\d+) A flows through (\d+) ohm", lambda a, b: a * b, "V"),
     (r"(\d+) V lies across (\d+) ohm", lambda a, b: a / b, "A"),
-    (r"(\d+) V drives a current of (\d+) A", lambda a, b: a / b, "ohm"),
+    (r"(\d+) V gives a current of (\d+) A", lambda a, b: a / b, "ohm"),
     (r"(\d+) A flows for (\d+) s", lambda a, b: a * b, "C"),
     (r"body of (\d+) g has a volume of (\d+) cm", lambda a, b: a / b, "g/cm^3"),
     (r"liquid of (\d+) g/cm\^3 fills (\d+) cm", lambda a, b: a * b, "g"),
@@ -237,6 +237,18 @@ def test_slips_and_cuts_come_in_their_shares(domain, train):
     assert right <= 0.25 * len(slipped)  # a slip that is undone again or that the tests can not see
     again = [teach(p, seed=3, wrong_share=wrong_share, unfinished_share=unfinished_share) for p in train[domain]]
     assert traces == again
+
+
+def test_a_teacher_holds_its_result_against_the_options_in_order(train):
+    """Whether it slipped or not: `no` while the numbers differ, `yes` at the first that is equal, then that letter."""
+    for problem in train["science"]:
+        trace = teach(problem, seed=3, wrong_share=0.5)
+        checks = re.findall(r"^([A-D])\) (\d+) against (\d+): (yes|no)$", trace.reasoning, flags=re.MULTILINE)
+        options = [(letter, option.split()[0]) for letter, option in zip(LETTERS, problem.options, strict=False)]
+        assert [check[:2] for check in checks] == options[: len(checks)]
+        assert [value == result for _, value, result, _ in checks] == [word == "yes" for *_, word in checks]
+        assert [word for *_, word in checks] == ["no"] * (len(checks) - 1) + ["yes"]
+        assert trace.answer == f"The answer is \\boxed{{{checks[-1][0]}}}."
 
 
 def test_who_slips_depends_on_the_seed(train):

@@ -196,7 +196,7 @@ FORMULAS: dict[str, tuple[str, str, str]] = {
     "work": ("a force of {a} N pushes a cart {b} m ahead. What work does it do", "W = F * d", "J"),
     "pressure": ("a force of {a} N presses on {b} m^2. What is the pressure", "p = F / A", "Pa"),
     "charge": ("a current of {a} A flows for {b} s. What charge passes", "Q = I * t", "C"),
-    "resistance": ("a voltage of {a} V drives a current of {b} A. What is the resistance", "R = U / I", "ohm"),
+    "resistance": ("a voltage of {a} V gives a current of {b} A. What is the resistance", "R = U / I", "ohm"),
     "energy": ("a motor of {a} W runs for {b} s. What energy does it take", "E = P * t", "J"),
     "power": ("a motor does {a} J of work in {b} s. What is its power", "P = W / t", "W"),
     "electric power": ("a lamp takes {a} A at {b} V. What is its power", "P = I * U", "W"),
@@ -302,14 +302,13 @@ def _science(rng: random.Random, common: bool) -> Problem:
     return _problem("science", content, question, "choice", letter, options=options, metadata=metadata)
 
 
-def option_line(value: int, letter: str) -> str:
-    """An option with its letter after the value too, so that a small model finds the letter by copying forward."""
-    return f"{letter}) {value} ({letter})"
+def option_checks(values: list[int], result: int) -> list[str]:
+    """Each option held against the result, up to the one that equals it: the letter to answer is then the last one.
 
-
-def result_line(value: int, letter: str) -> str:
-    """The worked result and the letter of the option that says so."""
-    return f"Result {value} ({letter})"
+    Two numbers side by side are what a small model can compare; finding a letter by its number is not.
+    """
+    compared = zip(LETTERS, values[: values.index(result) + 1], strict=False)
+    return [f"{letter}) {value} against {result}: {'yes' if value == result else 'no'}" for letter, value in compared]
 
 
 def _science_trace(problem: Problem, rng: random.Random | None) -> tuple[str, str]:
@@ -318,9 +317,8 @@ def _science_trace(problem: Problem, rng: random.Random | None) -> tuple[str, st
     if rng:
         believed = rng.choice([value for value in values if value != believed])
         lines[-1] = f"{lines[-1].split(' = ')[0]} = {believed}"
-    lines += [option_line(value, letter) for value, letter in zip(values, LETTERS, strict=False)]
+    lines += option_checks(values, believed)
     letter = LETTERS[values.index(believed)]
-    lines.append(result_line(believed, letter))
     return "\n".join(lines), f"The answer is \\boxed{{{letter}}}."
 
 
