@@ -67,7 +67,6 @@ def vllm_engine(model: Path, parameters: GenerationParameters) -> Engine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         # Several notebooks share a machine: leave their threads to the scheduler instead of binding all to core 0.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ["OMP_NUM_THREADS"] = str(parameters.threads)
     warnings.filterwarnings("ignore", message="(?s).*(reduce_op|IProgress)")  # of vLLM's imports, in every notebook
     from vllm import LLM, SamplingParams
 
@@ -87,7 +86,8 @@ def vllm_engine(model: Path, parameters: GenerationParameters) -> Engine:
         generation_config="vllm",
     )
     if on_cpu:
-        torch.set_num_threads(parameters.threads)
+        # vLLM's CPU worker replaces torch.set_num_threads by a function that does nothing; this is the one beneath.
+        torch._C.set_num_threads(parameters.threads)
 
     def complete(chunk: Sequence[Request]) -> list[Completion]:
         settings = [
