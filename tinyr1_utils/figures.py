@@ -209,7 +209,11 @@ def curation_funnel(frame: pd.DataFrame) -> Figure:
 
 @_styled
 def loss_curves(frame: pd.DataFrame) -> Figure:
-    """Training loss and held-out loss against response tokens, a line per branch. Frame: `loss_frame`."""
+    """Training loss and held-out loss against response tokens, a line per branch. Frame: `loss_frame`.
+
+    The training loss is drawn as a running mean over a twentieth of the longest branch's steps, since single batches
+    of short rows scatter more than the curve falls.
+    """
     if frame.empty:
         return _note("loss curves: no branch is trained")
     branches = list(dict.fromkeys(frame["branch"]))
@@ -221,10 +225,13 @@ def loss_curves(frame: pd.DataFrame) -> Figure:
     markers = {names[b]: look[b].marker for b in branches}
     common = {"x": "thousands", "hue": "branch", "style": "branch", "palette": palette, "dashes": dashes}
     figure, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH_IN, 2.3))
-    sns.lineplot(shown, y="loss", ax=left, estimator=None, legend=False, **common)
+    window = max(1, shown.groupby("branch").size().max() // 20)
+    smooth = shown.groupby("branch")["loss"].transform(lambda loss: loss.rolling(window, min_periods=1).mean())
+    sns.lineplot(shown.assign(loss=smooth), y="loss", ax=left, estimator=None, legend=False, **common)
     held_out = shown.dropna(subset="held_out_loss")
     sns.lineplot(held_out, y="held_out_loss", ax=right, estimator=None, markers=markers, markeredgewidth=0, **common)
-    for axes, title, label in ((left, "training", "loss (nats per token)"), (right, "held out", "held-out loss")):
+    trained = "training" if window == 1 else f"training, mean of {window} steps"
+    for axes, title, label in ((left, trained, "loss (nats per token)"), (right, "held out", "held-out loss")):
         axes.set(title=title, xlabel="tokens seen (thousands)", ylabel=label, xlim=(0, None))
     if right.get_legend():
         figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(branches))
