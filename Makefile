@@ -24,8 +24,8 @@ run: bootstrap ## all notebooks of CONFIG (configs/micro.yaml) headless; DATA_RO
 test: bootstrap ## the tests; PYTEST_ARGS="-m 'not slow'" for the quick ones
 	$(VENV_PYTHON) -m pytest -q tests $(PYTEST_ARGS)
 
-lab: bootstrap ## JupyterLab on notebooks/, its kernel this environment
-	$(VENV)/bin/jupyter lab notebooks
+lab: bootstrap ## JupyterLab on notebooks/, its kernel this environment; LAB_ARGS=--no-browser
+	$(VENV)/bin/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 lint: bootstrap ## rules and formatting of code and notebooks
 	$(VENV)/bin/ruff check .

@@ -234,6 +234,7 @@ def publish_run(arguments: argparse.Namespace) -> None:
 def run_stage(arguments: argparse.Namespace) -> None:
     """One stage of a config."""
     end_with_the_run()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings bypass Python and the executed copy
     config = load_config(arguments.config, data_root=arguments.data_root)
     execute(stage_parameters(config, arguments.stage, arguments.variant, arguments.config))
 
