@@ -1,0 +1,67 @@
+"""Times `make run` in a fresh clone of the last commit, after set-up, and once more with nothing left to do.
+
+    .venv/bin/python benchmarks/make_run.py --config configs/micro.yaml
+
+Writes one row per config to benchmarks/make_run.csv, in place of that config's old row. Nothing else should run on the
+machine meanwhile: two jobs on one core take several times as long. The clone is kept; its path is printed.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).with_name("make_run.csv")
+
+
+def processor() -> str:
+    """The processor's name as Linux reports it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def timed(command: list[str], folder: Path) -> dict[str, float]:
+    """Wall, user and system seconds of a command and its children. Raises CalledProcessError when it fails."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run(command, cwd=folder, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = {"wall": time.monotonic() - started}
+    seconds |= {"user": after.ru_utime - before.ru_utime, "system": after.ru_stime - before.ru_stime}
+    return {name: round(value, 1) for name, value in seconds.items()}
+
+
+def measure(config: str, data_root: str) -> dict[str, object]:
+    """One row: where and what was run, and the seconds of the first and of the second `make run`."""
+    clone = Path(tempfile.mkdtemp(prefix="make-run-")) / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=clone, capture_output=True, text=True)
+    print(f"in {clone}", flush=True)
+    subprocess.run(["make", "bootstrap"], cwd=clone, check=True)
+    command = ["make", "run", f"CONFIG={config}", *([f"DATA_ROOT={data_root}"] if data_root else [])]
+    first, second = timed(command, clone), timed(command, clone)
+    row = {"config": config, "commit": commit.stdout.strip(), "cores": os.cpu_count(), "processor": processor()}
+    row |= {f"{name}_s": value for name, value in first.items()}
+    return row | {"second_wall_s": second["wall"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default="configs/micro.yaml")
+    parser.add_argument("--data-root", default="", help="folder with local data files, absolute")
+    arguments = parser.parse_args()
+    row = measure(arguments.config, arguments.data_root)
+    old = pd.read_csv(RESULTS) if RESULTS.is_file() else pd.DataFrame(columns=list(row))
+    rows = pd.concat([old[old["config"] != row["config"]], pd.DataFrame([row])]).sort_values("config")
+    rows.to_csv(RESULTS, index=False)
+    print(pd.DataFrame([row]).T.to_string(header=False))
+
+
+if __name__ == "__main__":
+    main()
