@@ -1,0 +1,175 @@
+"""Owns safetensors model folders as tensors: where each lies, reading one at a time, writing them as a stream.
+
+Each read maps one tensor alone, so that work on a model takes as much memory as its largest tensor, not as the model.
+Knows no merging. Format: https://github.com/huggingface/safetensors.
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored tensor: its file, the byte at which it starts there, dtype and shape."""
+
+    file: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a model folder by name, from the headers alone; one file, or shards with their index.
+
+    Raises FileNotFoundError for a shard that the index names and the folder lacks, ValueError for a file that is cut
+    short or no safetensors, for an unknown dtype and for an index that does not name what its shards hold.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return _header(folder / SINGLE)
+    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    found: dict[str, Entry] = {}
+    for name in sorted(set(listed.values())):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} lacks the shard {name} that its index names; copy it again")
+        found |= _header(folder / name)
+    for tensor in listed:
+        if tensor not in found or found[tensor].file.name != listed[tensor]:
+            raise ValueError(f"{index} names the tensor {tensor} in {listed[tensor]}, which does not hold it")
+    unlisted = sorted(set(found) - set(listed))
+    if unlisted:
+        raise ValueError(f"{index} does not name the tensor {unlisted[0]} that a shard holds; write the index again")
+    return found
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + length > size:
+            raise ValueError(f"{file} is no safetensors file, or cut within its header; copy it again")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            raise ValueError(f"{file} has a header that is no JSON: it is no safetensors file") from None
+    header.pop("__metadata__", None)
+    found, data = {}, 8 + length
+    for name, facts in header.items():
+        start, end = facts["data_offsets"]
+        if facts["dtype"] not in DTYPES:
+            raise ValueError(
+                f"{file}: tensor {name} is {facts['dtype']}; merge unquantized weights ({', '.join(DTYPES)})"
+            )
+        found[name] = Entry(file, data + start, DTYPES[facts["dtype"]], tuple(facts["shape"]))
+        if data + end > size or end - start != found[name].n_bytes:
+            raise ValueError(f"{file} is cut short: tensor {name} ends behind the file's end; copy it again")
+    return found
+
+
+def check_alike(stored: Mapping[str, Mapping[str, Entry]]) -> None:
+    """ValueError naming two models and the first tensor in which they differ: missing, of another shape or dtype."""
+    (first, reference), *others = stored.items()
+    for name, found in others:
+        for tensor in sorted(set(reference) ^ set(found)):
+            raise ValueError(f"{first} and {name} differ: only one holds the tensor {tensor}; same backbone?")
+        for tensor, entry in reference.items():
+            if (entry.shape, entry.dtype) != (found[tensor].shape, found[tensor].dtype):
+                facts = [f"{e.dtype} {e.shape}".replace("torch.", "") for e in (entry, found[tensor])]
+                raise ValueError(
+                    f"{first} and {name} differ in {tensor}: {facts[0]} and {facts[1]}; "
+                    "train both from the same backbone and store both in the same branch_dtype"
+                )
+
+
+def module_and_layer(tensor: str) -> tuple[str, int]:
+    """What a tensor belongs to and its layer (-1: none): model.layers.3.mlp.up_proj.weight -> mlp.up_proj, 3."""
+    parts = tensor.removesuffix(".weight").removesuffix(".bias").split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    if not numbers:
+        return parts[-1], -1
+    return ".".join(parts[numbers[0] + 1 :]), int(parts[numbers[0]])
+
+
+def read(entry: Entry) -> Tensor:
+    """The tensor on the CPU, a private map of its part of the file: pages are read when touched and go with the tensor.
+
+    Writing to it changes neither the file nor another read.
+    """
+    if not entry.n_bytes:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    data = np.memmap(entry.file, np.uint8, "c", entry.start, (entry.n_bytes,))
+    return torch.from_numpy(data).view(entry.dtype).reshape(entry.shape)
+
+
+def write(folder: Path, plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor],
+          shard_bytes: int) -> None:  # fmt: skip
+    """Write tensors as they come, in the order of `plan`, to shards of at most `shard_bytes` (or one tensor) each.
+
+    One shard is `model.safetensors`; more get an index. The caller renames the folder when it is complete. Raises
+    ValueError for a tensor of another dtype or shape than planned.
+    """
+    shards = _shards(plan, shard_bytes)
+    names = [SINGLE] if len(shards) == 1 else [
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
+    ]  # fmt: skip
+    coming = iter(tensors)
+    for file, shard in zip(names, shards, strict=True):
+        with open(folder / file, "wb") as stream, ThreadPoolExecutor(1) as writer:
+            written = writer.submit(stream.write, _packed_header(shard))
+            for name, (dtype, shape) in shard.items():
+                tensor = next(coming)  # is made while the one before is written
+                if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
+                    raise ValueError(f"tensor {name} came as {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
+                written.result()
+                written = writer.submit(stream.write, tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            written.result()
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(prod(shape) * dtype.itemsize for dtype, shape in plan.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_bytes: int) -> list[dict]:
+    shards, filled = [{}], 0
+    for name, (dtype, shape) in plan.items():
+        n_bytes = prod(shape) * dtype.itemsize
+        if shards[-1] and filled + n_bytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = (dtype, shape)
+        filled += n_bytes
+    return shards
+
+
+def _packed_header(shard: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, (dtype, shape) in shard.items():
+        end = start + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at multiples of eight bytes
+    return struct.pack("<Q", len(text)) + text
