@@ -1,0 +1,285 @@
+"""Owns the fused loops of exact Arcee Fusion on the CPU: row divergences, order statistics, the gate.
+
+Compiled by numba without the interpreter's lock, so that a thread pool works on blocks of rows. Every number belongs to
+one row or is an integer count: block size and thread count change no bit. Knows no names; see `fusion`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+T = TypeVar("T")
+# Elements of a block: enough to make the interpreter's share small, few enough to spread a tensor over all threads.
+BLOCK = 1 << 18
+# A score is not negative, so its 16 bits behind the sign (exponent and 5 of the mantissa) order it coarsely.
+BINS, SHIFT = 1 << 16, 47
+# Sums may be taken in any order and products fused; NaN and Inf stay what they are.
+LOOSE = {"reassoc", "contract", "nsz"}
+
+
+@njit(nogil=True, cache=True, fastmath=LOOSE)
+def _widen(stored, floats):
+    """A stored row of bfloat16, which comes as uint16, the upper half of a float32."""
+    bits = floats.view(np.uint32)
+    for i in range(stored.size):
+        bits[i] = np.uint32(stored[i]) << np.uint32(16)
+
+
+@njit(nogil=True, cache=True, fastmath=LOOSE)
+def _load(base, other, is_bfloat16, floats, wide, delta):
+    """A row of base and its change in float64, in `wide` and `delta`."""
+    if is_bfloat16:
+        _widen(base, floats)
+        for i in range(base.size):
+            wide[i] = floats[i]
+        _widen(other, floats)
+        for i in range(base.size):
+            delta[i] = floats[i] - wide[i]
+    else:
+        for i in range(base.size):
+            wide[i] = base[i]
+            delta[i] = other[i] - wide[i]
+
+
+@njit(nogil=True, cache=True)
+def _largest(row):
+    """The largest absolute value, found among the bits as integers, which processors compare eight at a time."""
+    bits, largest = row.view(np.int64), np.zeros(1, np.int64)
+    found = np.int64(0)
+    for i in range(row.size):
+        found = max(found, bits[i] & 0x7FFFFFFFFFFFFFFF)
+    largest[0] = found
+    return largest.view(np.float64)[0]
+
+
+@njit(nogil=True, cache=True, fastmath=LOOSE)
+def _softmax_weights(row):
+    """exp(row - middle) in place, returns the sum: a polynomial on a range that halvings made short enough."""
+    middle, half, halvings = 0.0, _largest(row), 0
+    if not half < 1e300:
+        return math.nan
+    if half > 32.0:
+        middle = (row.max() + row.min()) / 2
+        half = row.max() - middle
+    while half > 0.125:
+        half *= 0.5
+        halvings += 1
+    scale = 0.5**halvings
+    total = 0.0
+    for i in range(row.size):
+        x = (row[i] - middle) * scale
+        y = 1 / 362880 + x * (1 / 3628800)
+        y = 1 / 40320 + x * y
+        y = 1 / 5040 + x * y
+        y = 1 / 720 + x * y
+        y = 1 / 120 + x * y
+        y = 1 / 24 + x * y
+        y = 1 / 6 + x * y
+        y = 1 / 2 + x * y
+        y = 1.0 + x * y
+        row[i] = 1.0 + x * y
+        total += row[i]
+    for _ in range(halvings):
+        total = 0.0
+        for i in range(row.size):
+            row[i] *= row[i]
+            total += row[i]
+    return total
+
+
+@njit(nogil=True, cache=True, fastmath=LOOSE)
+def _divergence(delta, weights, total):
+    """KL(p || q) from d = log-odds change and q's weights; see `fusion.row_divergence` for the form.
+
+    Below 1/8, and with fewer terms below 1/256, both factors are series that are exact to a float64's last bit:
+    e^d - 1 = d + d^2 g and d e^d - (e^d - 1) = d^2 h.
+    """
+    mean = 0.0
+    for i in range(delta.size):
+        mean += weights[i] * delta[i]
+    mean /= total
+    largest = _largest(delta) + abs(mean)
+    convex = shift = 0.0
+    if largest < 1 / 256:
+        for i in range(delta.size):
+            d = delta[i] - mean
+            g = 1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040)))))
+            h = 1 / 2 + d * (2 / 6 + d * (3 / 24 + d * (4 / 120 + d * (5 / 720 + d * (6 / 5040)))))
+            weighted = weights[i] * d
+            shift += weighted * (1.0 + d * g)
+            convex += weighted * d * h
+    elif largest < 1 / 8:
+        for i in range(delta.size):
+            d = delta[i] - mean
+            g = 1 / 5040 + d * (1 / 40320 + d * (1 / 362880 + d * (1 / 3628800)))
+            g = 1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * g))))
+            h = 6 / 5040 + d * (7 / 40320 + d * (8 / 362880 + d * (9 / 3628800 + d * (10 / 39916800))))
+            h = 1 / 2 + d * (2 / 6 + d * (3 / 24 + d * (4 / 120 + d * (5 / 720 + d * h))))
+            weighted = weights[i] * d
+            shift += weighted * (1.0 + d * g)
+            convex += weighted * d * h
+    else:
+        for i in range(delta.size):
+            d = delta[i] - mean
+            growth = math.expm1(d)
+            shift += weights[i] * growth
+            convex += weights[i] * (d * growth + (d - growth))
+    shift /= total
+    return (convex / total + shift) / (1.0 + shift) - math.log1p(shift)
+
+
+@njit(nogil=True, cache=True, fastmath=LOOSE)
+def _scores(delta, divergence, by_delta, by_divergence):
+    """Importance in place of a row's deltas: |delta| x divergence, or one of them alone. Returns how many are zero."""
+    scale, zeros = max(divergence, 0.0) if by_divergence else 1.0, 0
+    if by_delta:
+        for i in range(delta.size):
+            delta[i] = abs(delta[i]) * scale
+            zeros += delta[i] == 0.0
+    else:
+        for i in range(delta.size):
+            delta[i] = scale if delta[i] != 0.0 else 0.0
+            zeros += delta[i] == 0.0
+    return zeros
+
+
+@njit(nogil=True, cache=True)
+def _rounded(divergence):
+    """To 32 significant bits; see `fusion.round_divergence`."""
+    if not math.isfinite(divergence):
+        return divergence
+    mantissa, exponent = math.frexp(divergence)
+    return math.ldexp(np.rint(mantissa * 4294967296.0), exponent - 32)
+
+
+@njit(nogil=True, cache=True)
+def _measure(base, other, is_bfloat16, by_delta, by_divergence, divergence, counts):
+    """Divergences of a block's rows (NaN where one is not finite) and counts of their scores by leading bits.
+
+    Behind the bins, `counts` has how many scores are zero.
+    """
+    columns = base.shape[1]
+    floats, weights, delta = np.empty(columns, np.float32), np.empty(columns), np.empty(columns)
+    bits = delta.view(np.int64)
+    for r in range(base.shape[0]):
+        _load(base[r], other[r], is_bfloat16, floats, weights, delta)
+        total = _softmax_weights(weights)
+        divergence[r] = _rounded(_divergence(delta, weights, total))
+        if not math.isfinite(divergence[r]):
+            continue
+        counts[BINS] += _scores(delta, divergence[r], by_delta, by_divergence)
+        for i in range(columns):
+            counts[bits[i] >> SHIFT] += 1
+
+
+@njit(nogil=True, cache=True)
+def _collect(base, other, is_bfloat16, by_delta, by_divergence, divergence, wanted, found):
+    """Copy the block's scores that lie in a wanted bin to `found`; returns how many."""
+    columns = base.shape[1]
+    floats, wide, delta, n = np.empty(columns, np.float32), np.empty(columns), np.empty(columns), 0
+    bits = delta.view(np.int64)
+    for r in range(base.shape[0]):
+        _load(base[r], other[r], is_bfloat16, floats, wide, delta)
+        _scores(delta, divergence[r], by_delta, by_divergence)
+        for i in range(columns):
+            found[n] = delta[i]
+            n += wanted[bits[i] >> SHIFT]
+    return n
+
+
+@njit(nogil=True, cache=True)
+def _gate(base, other, is_bfloat16, by_delta, by_divergence, divergence, threshold, positive_only, merged):
+    """The block's elements that pass, from `other`, the rest from `base`; returns how many of them differ from base."""
+    columns = base.shape[1]
+    floats, wide, delta, kept = np.empty(columns, np.float32), np.empty(columns), np.empty(columns), 0
+    lowest = max(threshold, 5e-324) if positive_only else threshold
+    for r in range(base.shape[0]):
+        _load(base[r], other[r], is_bfloat16, floats, wide, delta)
+        _scores(delta, divergence[r], by_delta, by_divergence)
+        for i in range(columns):
+            passes = delta[i] >= lowest
+            merged[r, i] = other[r, i] if passes else base[r, i]
+            kept += passes and base[r, i] != other[r, i]
+    return kept
+
+
+class Blocks:
+    """Two matrices on the CPU, worked on block by block, and what `fusion` asks of their scores.
+
+    `divergence` is each row's KL(softmax(other) || softmax(base)), float64, NaN where a row is not finite; `zeros`
+    counts the scores that are zero. A score is |delta| and the divergence multiplied, or one of them where the other
+    is switched off (the divergence then counts where an element changed).
+    """
+
+    def __init__(self, base: Tensor, other: Tensor, by_delta: bool, by_divergence: bool):
+        self.dtype, self.base, self.other = base.dtype, _stored(base), _stored(other)
+        self.kind = (base.dtype == torch.bfloat16, by_delta, by_divergence)
+        height = max(1, BLOCK // base.shape[1])
+        self.blocks = [slice(start, start + height) for start in range(0, len(base), height)]
+        self.divergence = np.empty(len(base))
+        counts = sum(self._each(self._measure))
+        self.counts, self.zeros = counts[:-1], int(counts[-1])
+
+    def _each(self, work: Callable[[Sequence[slice]], T]) -> list[T]:
+        """`work` on the blocks, shared out to as many threads as torch has; a result per thread."""
+        threads = min(torch.get_num_threads(), len(self.blocks))
+        if threads == 1:
+            return [work(self.blocks)]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, (self.blocks[start::threads] for start in range(threads))))
+
+    def _measure(self, blocks: Sequence[slice]) -> np.ndarray:
+        counts = np.zeros(BINS + 1, np.int64)
+        for rows in blocks:
+            _measure(self.base[rows], self.other[rows], *self.kind, self.divergence[rows], counts)
+        return counts
+
+    def order_statistics(self, ranks: Sequence[int]) -> list[float]:
+        """The scores of these ranks, 0 the smallest: a histogram by leading bits, then a sort within the bins hit."""
+        up_to = np.cumsum(self.counts)
+        bins = np.searchsorted(up_to, ranks, side="right")
+        wanted = np.zeros(BINS, np.bool_)
+        wanted[bins] = True
+
+        def collect(blocks: Sequence[slice]) -> np.ndarray:
+            largest, parts = max(self.base[rows].size for rows in blocks), []
+            found = np.empty(largest + 1)
+            for rows in blocks:
+                n = _collect(self.base[rows], self.other[rows], *self.kind, self.divergence[rows], wanted, found)
+                parts.append(found[:n].copy())
+            return np.concatenate(parts)
+
+        candidates = np.concatenate(self._each(collect))
+        before = np.cumsum(np.where(wanted, 0, self.counts))
+        places = [rank - before[hit] for rank, hit in zip(ranks, bins, strict=True)]
+        candidates.partition(places)
+        return [float(candidates[place]) for place in places]
+
+    def gate(self, threshold: float, positive_only: bool) -> tuple[Tensor, int]:
+        """The fused matrix, in the inputs' dtype, and how many of its elements differ from base."""
+        merged = np.empty_like(self.base)
+
+        def choose(blocks: Sequence[slice]) -> int:
+            return sum(
+                _gate(self.base[rows], self.other[rows], *self.kind, self.divergence[rows], threshold, positive_only,
+                      merged[rows])
+                for rows in blocks
+            )  # fmt: skip
+
+        kept = sum(self._each(choose))
+        tensor = torch.from_numpy(merged)
+        return (tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor.to(self.dtype)), kept
+
+
+def _stored(matrix: Tensor) -> np.ndarray:
+    """The matrix as the loops read it, its own memory where they can: bfloat16 as uint16, float16 as float32."""
+    matrix = matrix.contiguous()
+    if matrix.dtype == torch.bfloat16:
+        return matrix.view(torch.uint16).numpy()
+    return (matrix.float() if matrix.dtype == torch.float16 else matrix).numpy()
