@@ -9,10 +9,10 @@ COMPILE := $(VENV)/bin/uv pip compile -q --python-version 3.11 --no-annotate --n
 	--custom-compile-command "make lock" --overrides requirements/overrides.txt $(LOCK_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap run test lab lint format figures publish lock clean clean-runs
+.PHONY: help bootstrap run test lab lint format figures publish benchmark-merge lock clean clean-runs
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 bootstrap:
 	@bash scripts/bootstrap.sh
@@ -42,6 +42,9 @@ publish: bootstrap ## copy a finished run's small results to papermill_runs/publ
 	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner publish --config $(CONFIG)
 
 # On a machine without a local wheel of CPU torch, uv looks its version up in PyTorch's CPU index.
+benchmark-merge: bootstrap ## merging beside mergekit: time, memory, repeats; SIZES="0.5B"
+	$(VENV_PYTHON) benchmarks/merge.py $(if $(SIZES),--sizes $(SIZES))
+
 lock: bootstrap ## resolve requirements/*.in again, keeping versions that still fit; LOCK_ARGS=--upgrade moves them
 	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(COMPILE) requirements/cpu.in --overrides requirements/overrides-cpu.txt \
 		$(if $(PIP_FIND_LINKS),,--torch-backend=cpu) -o requirements/cpu.lock

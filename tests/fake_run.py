@@ -106,7 +106,7 @@ def build(run: Path, seed: int = 0) -> Path:
     for name in (*DOMAINS, "mixture"):
         branch(run, name, rng)
     for recipe in RECIPES:
-        parameters = {"recipe": recipe, "merge_order": "math,science,code", "weight": 0.7, "density": 0.5}
+        parameters = {"recipe": recipe, "merge_order": "math,science,code", "settings": ""}
         finish(run, f"merge/{recipe}", parameters, {"parameters": 1900000, "changed_fraction": 0.1})
     for variant, model in MODELS.items():
         evaluation(run, variant, model, rng)

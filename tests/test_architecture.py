@@ -14,9 +14,21 @@ PACKAGE = ROOT / "tinyr1_utils"
 # A module imports only from lower floors.
 FLOORS = {
     0: ("records", "config"),
-    1: ("prompts", "answers", "metrics", "perturbations", "micro_problems", "packing", "adapters", "looks"),
-    2: ("artifacts", "backbones", "generation", "sandbox", "launch", "sources"),
-    3: ("curation", "sft", "merging", "evaluation", "stress", "analysis", "status", "reported"),
+    1: (
+        "prompts",
+        "answers",
+        "metrics",
+        "perturbations",
+        "micro_problems",
+        "packing",
+        "adapters",
+        "looks",
+        "recipes",
+        "checkpoints",
+        "fusion_kernels",
+    ),
+    2: ("artifacts", "backbones", "generation", "sandbox", "launch", "sources", "fusion"),
+    3: ("curation", "sft", "model_fusion", "merging", "evaluation", "stress", "analysis", "status", "reported"),
     4: ("tables", "figures", "stage_figures", "live", "publishing", "stage_runner"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
@@ -34,7 +46,11 @@ SIBLINGS = {
 
 # Slow or optional libraries: imported by the function that uses them, but for the modules named here.
 HEAVY = {"torch", "transformers", "trl", "vllm", "deepspeed", "mergekit", "accelerate", "datasets"}
-HEAVY_AT_THE_TOP = {("packing", "torch"): "a collator returns tensors"}
+HEAVY_AT_THE_TOP = {
+    ("packing", "torch"): "a collator returns tensors",
+    **{(module, "torch"): "pure functions on tensors" for module in ("checkpoints", "fusion", "fusion_kernels")},
+    **{(module, "torch"): "works on tensors throughout" for module in ("model_fusion", "merging")},
+}
 
 MAX_FUNCTION_LINES = 60
 LONGER = {("sft", "train"): "one trainer from its arguments to its saved state, read from top to bottom"}

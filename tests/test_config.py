@@ -78,7 +78,7 @@ def test_every_config_loads_and_resolves(path):
             0.1,
             "sft.variants.math: unknown key 'learning_rat'; did you mean 'learning_rate'?",
         ),
-        ("merge.variants.linear.densty", 0.1, "merge.variants.linear: unknown key 'densty'; did you mean 'density'?"),
+        ("merge.variants.linear.setings", "", "merge.variants.linear: unknown key 'setings'; did you mean 'settings'?"),
         ("backbone", DELETED, "missing key 'backbone'"),
         ("stress", DELETED, "missing key 'stress'"),
         ("sft.variants", DELETED, "missing key 'sft.variants'"),
@@ -133,12 +133,13 @@ def test_variants_come_over_shared_values_and_these_over_run_wide_ones(tmp_path)
     values = copy.deepcopy(MICRO)
     values["seed"] = 3
     values["sft"]["shared"]["seed"] = 7
-    values["merge"]["shared"]["weight"] = 0.25
-    values["merge"]["variants"]["ties"]["weight"] = 0.75
-    values["merge"]["variants"]["linear"].pop("weight", None)
+    values["merge"]["shared"]["settings"] = "weight=0.25"
+    values["merge"]["variants"]["ties"]["settings"] = "weight=0.75"
+    values["merge"]["variants"]["linear"].pop("settings", None)
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
     config = load_config(tmp_path / "a.yaml")
-    assert [stage_parameters(config, "merge", recipe).weight for recipe in ("linear", "ties")] == [0.25, 0.75]
+    settings = [stage_parameters(config, "merge", recipe).settings for recipe in ("linear", "ties")]
+    assert settings == ["weight=0.25", "weight=0.75"]
     assert stage_parameters(config, "sft", "code").backbone == MICRO["backbone"]
     assert [stage_parameters(config, *name).seed for name in (("sft", "code"), ("merge", "ties"))] == [7, 3]
 
@@ -234,11 +235,12 @@ def test_tinyr1_curation_has_the_papers_sources():
 
 
 def test_tinyr1_fusion_takes_math_into_science_and_both_into_code():
-    from tinyr1_utils.merging import arcee_fusion
+    from tinyr1_utils.config import names
+    from tinyr1_utils.recipes import steps
 
     p = stage_parameters(PAPER, "merge", "arcee_fusion")
-    assert (p.recipe, p.merge_order, p.merge_dtype) == ("arcee_fusion", "math,science,code", "bfloat16")
-    first, second = arcee_fusion(p)
+    assert (p.recipe, p.merge_order, p.merge_dtype) == ("mergekit_arcee_fusion", "math,science,code", "bfloat16")
+    first, second = steps(p.recipe, {}, names(p.merge_order), "merge/arcee_fusion/step-{}")
     assert first["base_model"] == "sft/science/branch"
     assert {m["model"] for m in first["models"]} == {"sft/science/branch", "sft/math/branch"}
     assert second["base_model"] == "sft/code/branch"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyr1_utils import merging
+from tinyr1_utils import checkpoints, merging, recipes
 from tinyr1_utils.artifacts import sha256_file
 from tinyr1_utils.config import MergeParameters, from_root, load_config, stage_parameters
 
@@ -49,16 +50,21 @@ def mergekit(run: Path, recipe: dict, name: str, seed: int = 0) -> Path:
     return run / name
 
 
+def step(recipe: str, settings: str = "", order: tuple[str, ...] = ("math", "science", "code")) -> dict:
+    """The only step of a recipe, as it is written to disk."""
+    (only,) = recipes.steps(recipe, recipes.read_settings(recipe, settings), order, "middle-{}")
+    return only
+
+
 def test_soup_is_the_mean_of_the_branches(run):
-    merged = load_file(mergekit(run, merging.linear(parameters("linear"))[0], "soup") / "model.safetensors")
+    merged = load_file(mergekit(run, step("linear"), "soup") / "model.safetensors")
     branches = [load_file(run / f"sft/{name}/branch/model.safetensors") for name in ("math", "science", "code")]
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, sum(branch[name] for branch in branches) / 3, rtol=0, atol=1e-6)
 
 
 def test_task_arithmetic_adds_weighted_deltas(run):
-    recipe = merging.task_arithmetic(parameters("task_arithmetic", weight=0.7))[0]
-    merged = load_file(mergekit(run, recipe, "arithmetic") / "model.safetensors")
+    merged = load_file(mergekit(run, step("task_arithmetic", "weight=0.7"), "arithmetic") / "model.safetensors")
     origin = load_file(run / "backbone/model.safetensors")
     branches = [load_file(run / f"sft/{name}/branch/model.safetensors") for name in ("math", "science", "code")]
     for name, tensor in merged.items():
@@ -67,14 +73,63 @@ def test_task_arithmetic_adds_weighted_deltas(run):
         torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-5)
 
 
-def test_fusion_chain_takes_the_last_branch_as_base():
-    steps = merging.arcee_fusion(parameters(merge_order="math,science,code"))
-    assert [step["base_model"] for step in steps] == ["sft/science/branch", "sft/code/branch"]
-    assert [step["models"][1]["model"] for step in steps] == ["sft/math/branch", "merge/arcee_fusion/step-1"]
+def test_a_pairwise_chain_takes_the_last_branch_as_base():
+    first, second = recipes.steps("mergekit_arcee_fusion", {}, ["math", "science", "code"], "merge/x/step-{}")
+    assert [first["base_model"], second["base_model"]] == ["sft/science/branch", "sft/code/branch"]
+    assert [first["models"][1]["model"], second["models"][1]["model"]] == ["sft/math/branch", "merge/x/step-1"]
+
+
+@pytest.mark.parametrize("recipe", sorted(set(recipes.RECIPES) - {"arcee_fusion"}))
+def test_mergekit_knows_every_recipe_of_the_table(recipe):
+    """mergekit's own reader takes each step: method, number of models, base, and every setting."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge_methods.registry import registered_methods
+
+    methods = {method.spec.name: method.spec for method in registered_methods()}
+    for part in recipes.steps(recipe, recipes.read_settings(recipe, ""), ["math", "science", "code"], "step-{}"):
+        MergeConfiguration.model_validate(part | {"dtype": "float32"})
+        known = {parameter.name for parameter in methods[part["merge_method"]].parameters}
+        given = set(part.get("parameters", {})).union(*(model.get("parameters", {}) for model in part["models"]))
+        assert given <= known
+
+
+@pytest.mark.parametrize("recipe", ["slerp", "nuslerp", "karcher", "model_stock", "della", "breadcrumbs", "sce"])
+def test_other_recipes_run_and_lie_between_the_branches(run, recipe, monkeypatch):
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    settings = recipes.read_settings(recipe, "")
+    branches = [load_file(run / f"sft/{name}/branch/model.safetensors") for name in ("math", "science")]
+    (only,) = recipes.steps(recipe, settings, ["math", "science"], "step-{}")
+    monkeypatch.chdir(run)
+    options = MergeOptions(random_seed=0, copy_tokenizer=False, write_model_card=False, quiet=True)
+    run_merge(MergeConfiguration.model_validate(only | {"dtype": "float32"}), f"other-{recipe}", options)
+    merged = load_file(f"other-{recipe}/model.safetensors")
+    assert merged.keys() == branches[0].keys()
+    for name, tensor in merged.items():
+        mean = (branches[0][name] + branches[1][name]) / 2
+        assert torch.norm(tensor - mean) < torch.norm(branches[0][name] - branches[1][name])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "sentence"),
+    [
+        ("arcee_fuson", "", "unknown recipe 'arcee_fuson'; did you mean 'arcee_fusion'?"),
+        ("ties", "densty=0.5", "recipe ties has no setting 'densty'; did you mean 'density'?"),
+        ("ties", "density=1.5", "setting density of recipe ties is 1.5, outside 0.01 to 1"),
+        ("ties", "density=half", "setting density of recipe ties is 'half', not a number"),
+        ("ties", "density", "setting 'density' of recipe ties has no value: write density=<value>"),
+        ("arcee_fusion", "importance=delt", "is 'delt', not one of kl_delta, delta, kl, random, paper"),
+        ("linear", "weight=1", "recipe linear has no setting 'weight'"),
+    ],
+)
+def test_bad_settings_are_one_sentence(recipe, settings, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        recipes.read_settings(recipe, settings)
 
 
 def test_fusion_copies_selected_elements_only(run):
-    recipe = merging.arcee_fusion(parameters(merge_order="math,science"))[0]
+    (recipe,) = recipes.steps("mergekit_arcee_fusion", {}, ["math", "science"], "")
     merged = load_file(mergekit(run, recipe, "fusion") / "model.safetensors")
     base, other = (load_file(run / f"sft/{name}/branch/model.safetensors") for name in ("science", "math"))
     taken = 0.0
@@ -87,7 +142,7 @@ def test_fusion_copies_selected_elements_only(run):
 
 
 def test_a_seeded_random_recipe_repeats_to_the_byte(run):
-    recipe = merging.dare_ties(parameters("dare_ties", weight=0.7))[0]
+    recipe = step("dare_ties", "weight=0.7")
     first, again = (mergekit(run, recipe, name) / "model.safetensors" for name in ("dare-1", "dare-2"))
     other_seed = mergekit(run, recipe, "dare-3", seed=1) / "model.safetensors"
     assert sha256_file(first) == sha256_file(again) != sha256_file(other_seed)
@@ -95,7 +150,8 @@ def test_a_seeded_random_recipe_repeats_to_the_byte(run):
 
 def test_delta_frame_closed_form(run):
     models = {name: run / f"sft/{name}/branch" for name in ("math", "science")}
-    frame = merging.delta_frame({**models, "same": models["math"]}, run / "backbone").set_index("model")
+    deltas = merging.tensor_deltas({**models, "same": models["math"]}, run / "backbone")
+    frame = merging.delta_frame(deltas).set_index("model")
     assert frame.loc["math", "cosine_same"] == pytest.approx(1, abs=1e-9)
     assert abs(frame.loc["math", "cosine_science"]) < 0.05, "independent noise is nearly orthogonal"
     assert frame.loc["math", "changed_fraction"] > 0.99
@@ -158,4 +214,4 @@ def test_a_missing_shard_is_named(run, tmp_path):
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match="model-00002-of-00002"):
-        merging.tensors(folder)
+        checkpoints.entries(folder)

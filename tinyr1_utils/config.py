@@ -139,12 +139,12 @@ class MergeParameters(StageParameters):
 
     stage: ClassVar[str] = "merge"
     notebook: ClassVar[str] = "03_merge"
-    recipe: Literal["arcee_fusion", "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
+    recipe: str
+    settings: str
     merge_order: str
     backbone: str
-    weight: Annotated[float, Field(gt=0, le=2)]
-    density: Annotated[float, Field(gt=0, le=1)]
     merge_dtype: Literal["bfloat16", "float32"]
+    device: Literal["cpu", "cuda"]
     threads: Positive
     seed: int
 

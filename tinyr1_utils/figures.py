@@ -27,7 +27,7 @@ DASHES = ["", (4, 1.5), (1, 1), (3, 1, 1, 1)]
 _styled = plt.style.context(STYLE)
 
 
-def _note(text: str) -> Figure:
+def note(text: str) -> Figure:
     """A figure that says why there is nothing to draw."""
     figure = plt.figure(figsize=(TEXT_WIDTH_IN, 0.5))
     figure.text(0.01, 0.5, text, va="center")
@@ -120,7 +120,7 @@ def _dots(axes: Axes, positions: list[int], part: pd.DataFrame, value: str, name
 def accuracy_by_model(frame: pd.DataFrame) -> Figure:
     """pass@1 of every model, a panel per benchmark; dashed: the backbone. Frame: `accuracy_frame` (+ reported rows)."""
     if frame.empty:
-        return _note("accuracy by model: no evaluation is finished")
+        return note("accuracy by model: no evaluation is finished")
 
     def draw(axes, positions, part, reported):
         _dots(axes, positions, part, "pass_at_1", "model", reported)
@@ -136,7 +136,7 @@ def accuracy_by_model(frame: pd.DataFrame) -> Figure:
 def merge_recipes(frame: pd.DataFrame) -> Figure:
     """pass@1 minus the domain's own branch, a panel per benchmark. Frame: `merge_frame` (+ reported rows)."""
     if frame.empty:
-        return _note("merge recipes: no branch and merged model are evaluated on one benchmark")
+        return note("merge recipes: no branch and merged model are evaluated on one benchmark")
 
     def draw(axes, positions, part, reported):
         axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
@@ -149,7 +149,7 @@ def merge_recipes(frame: pd.DataFrame) -> Figure:
 def stress_drops(frame: pd.DataFrame) -> Figure:
     """Accuracy under each change minus the unchanged benchmark, a panel per model. Frame: `stress_frame` (+ rows)."""
     if frame.empty:
-        return _note("stress test: none is finished")
+        return note("stress test: none is finished")
 
     def draw(axes, positions, part, reported):
         axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
@@ -162,7 +162,7 @@ def stress_drops(frame: pd.DataFrame) -> Figure:
 def token_lengths(frame: pd.DataFrame) -> Figure:
     """Output tokens: 10-25-50-75-90 % boxes, the mean, the truncated share. Frame: `token_frame` (+ reported rows)."""
     if frame.empty:
-        return _note("token lengths: no evaluation is finished")
+        return note("token lengths: no evaluation is finished")
 
     def draw(axes, positions, part, reported):
         shown = part.to_dict("records")
@@ -194,7 +194,7 @@ def token_lengths(frame: pd.DataFrame) -> Figure:
 def curation_funnel(frame: pd.DataFrame) -> Figure:
     """Rows left after each filter, a panel per curated domain. Frame: `funnel_frame`."""
     if frame.empty:
-        return _note("curation funnel: no curation is finished")
+        return note("curation funnel: no curation is finished")
 
     def draw(axes, positions, part, reported):
         colour = looks.look(part["variant"].iloc[0]).colour
@@ -215,7 +215,7 @@ def loss_curves(frame: pd.DataFrame) -> Figure:
     of short rows scatter more than the curve falls.
     """
     if frame.empty:
-        return _note("loss curves: no branch is trained")
+        return note("loss curves: no branch is trained")
     branches = list(dict.fromkeys(frame["branch"]))
     look = {branch: looks.look(f"sft/{branch}") for branch in branches}
     names = {branch: look[branch].label for branch in branches}

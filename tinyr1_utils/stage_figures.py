@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tinyr1_utils import looks
-from tinyr1_utils.figures import STYLE
+from tinyr1_utils.figures import STYLE, note
 
 COLUMN_WIDTH_IN = 3.4
 Z_95 = 1.959964
@@ -51,6 +51,28 @@ def delta_cosines(frame: pd.DataFrame) -> Figure:
     axes.tick_params(axis="x", rotation=30)
     axes.tick_params(axis="y", rotation=0)
     axes.set_title("cosine of the differences to the backbone")
+    return figure
+
+
+@_styled
+def kept_by_layer(frame: pd.DataFrame) -> Figure:
+    """The share of elements that fusion took over, module by layer, a panel per step. Frame: `model_fusion.REPORT`."""
+    if frame.empty:
+        return note("this recipe is mergekit's: it reports nothing on single tensors")
+    layered = frame.assign(kept=100 * frame["kept_fraction"], taken=frame["kept_fraction"] * frame["elements"])
+    steps = sorted(layered["step"].unique())
+    highest = layered["kept"].max()
+    n_modules, n_layers = layered["module"].nunique(), layered["layer"].nunique()
+    size = (1.6 + len(steps) * max(1.8, 0.18 * n_layers), 0.9 + 0.2 * n_modules)
+    figure, axes = plt.subplots(1, len(steps), figsize=size, sharey=True, squeeze=False)
+    for axis, step in zip(axes[0], steps, strict=True):
+        sums = layered[layered["step"] == step].groupby(["module", "layer"])[["taken", "elements"]].sum()
+        shares = (100 * sums["taken"] / sums["elements"]).unstack().rename(columns={-1: "none"})
+        sns.heatmap(shares, vmin=0, vmax=highest, cmap="viridis", ax=axis, cbar=step == steps[-1])
+        axis.set_facecolor("0.85")
+        axis.set(title=f"step {step}: taken over (%)", xlabel="layer", ylabel="")
+        axis.tick_params(axis="y", rotation=0)
+    plt.close(figure)
     return figure
 
 

@@ -156,8 +156,9 @@ def snakemake_command(arguments: argparse.Namespace, config: RunConfig) -> list[
 
 
 def check_names(config: RunConfig) -> None:
-    """ValueError for a dataset, benchmark or change that no table knows, before anything runs."""
+    """ValueError for a dataset, recipe, benchmark or change that no table knows, before anything runs."""
     from tinyr1_utils.perturbations import CHANGES
+    from tinyr1_utils.recipes import read_settings
     from tinyr1_utils.sources import benchmark_names, sample_counts, source_named
 
     for variant in config.curation.variants:
@@ -165,6 +166,9 @@ def check_names(config: RunConfig) -> None:
         if source_named(parameters.source).domain != parameters.domain:
             raise ValueError(f"curation.variants.{variant}: {parameters.source} is no {parameters.domain} source")
         benchmark_names(parameters.benchmarks)
+    for variant in config.merge.variants:
+        parameters = stage_parameters(config, "merge", variant)
+        read_settings(parameters.recipe, parameters.settings)
     for variant in config.evaluation.variants:
         parameters = stage_parameters(config, "evaluation", variant)
         benchmark_names(parameters.benchmarks)

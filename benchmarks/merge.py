@@ -1,0 +1,212 @@
+"""Merging three models by Arcee Fusion: mergekit's two calls in bfloat16 and in float32, and ours, side by side.
+
+    make benchmark-merge
+
+Makes three synthetic Qwen2-shaped checkpoints in bfloat16 per size (seeded; 24 layers, hidden 896 and vocabulary
+151,936 at 0.5B), then times whole processes, one after another, each twice: wall time, peak memory of the process, and
+whether both left the same file. `floor` reads the three inputs and writes one by plain file copies. IoU compares the
+elements taken over in the chain's first step with a plain float64 reference. Writes benchmarks/merge.csv and .png.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+import torch
+from make_run import processor
+
+from tinyr1_utils import checkpoints
+from tinyr1_utils.artifacts import sha256_file
+from tinyr1_utils.fusion import QUARTILES, Whole
+
+RESULTS = Path(__file__).with_name("merge.csv")
+BRANCHES = ("math", "science", "code")
+RELATIVE_DELTA = 5e-3
+# Parameters (billions) -> hidden size, layers, width of the MLP.
+SIZES = {"0.1B": (512, 8, 1024), "0.5B": (896, 24, 4864), "1.5B": (1536, 28, 8960)}
+VOCABULARY = 151_936
+
+
+def shapes(size: str) -> dict[str, tuple[int, ...]]:
+    """A Qwen2 model's tensors with tied embeddings, key and value heads an eighth of the hidden size."""
+    hidden, layers, width = SIZES[size]
+    kv = hidden // 7 if hidden % 7 == 0 else hidden // 8
+    found = {"model.embed_tokens.weight": (VOCABULARY, hidden), "model.norm.weight": (hidden,)}
+    for n in range(layers):
+        layer = f"model.layers.{n}."
+        for name, rows in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv)):
+            found[f"{layer}self_attn.{name}.weight"] = (rows, hidden)
+            found[f"{layer}self_attn.{name}.bias"] = (rows,)
+        found[f"{layer}self_attn.o_proj.weight"] = (hidden, hidden)
+        found[f"{layer}mlp.gate_proj.weight"] = found[f"{layer}mlp.up_proj.weight"] = (width, hidden)
+        found[f"{layer}mlp.down_proj.weight"] = (hidden, width)
+        found[f"{layer}input_layernorm.weight"] = found[f"{layer}post_attention_layernorm.weight"] = (hidden,)
+    return found
+
+
+def make_models(root: Path, size: str) -> int:
+    """The three checkpoints, one backbone's weights and three seeded changes; returns their parameter count."""
+    hidden, layers, width = SIZES[size]
+    plan = {name: (torch.bfloat16, shape) for name, shape in shapes(size).items()}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 1}
+    if hidden % 7 == 0:
+        heads = {"num_attention_heads": 14, "num_key_value_heads": 2}
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": hidden,
+        "num_hidden_layers": layers, "intermediate_size": width, "vocab_size": VOCABULARY, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", **heads,
+    }  # fmt: skip
+    for number, branch in enumerate(BRANCHES, start=1):
+        folder = root / branch
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        origin, change = (torch.Generator().manual_seed(seed) for seed in (0, number))
+
+        def tensors(origin=origin, change=change):
+            for name, (_, shape) in plan.items():
+                tensor = 0.02 * torch.randn(shape, generator=origin) + ("norm" in name)
+                yield (tensor + RELATIVE_DELTA * 0.02 * torch.randn(shape, generator=change)).bfloat16()
+
+        checkpoints.write(folder, plan, tensors(), 1 << 60)
+    return sum(torch.Size(shape).numel() for _, shape in plan.values())
+
+
+def mergekit_commands(root: Path, target: Path, dtype: str) -> list[list[str]]:
+    """Two `mergekit-yaml` calls, the second on the middle model that the first writes, as in TinyR1's script."""
+    program, commands = str(Path(sys.executable).with_name("mergekit-yaml")), []
+    middle = target.with_name(f"{target.name}-middle")
+    for base, other, out in (("science", root / "math", middle), ("code", middle, target)):
+        recipe = root / f"{target.name}-{base}.yaml"
+        models = "".join(f"  - model: {model}\n" for model in (root / base, other))
+        recipe.write_text(f"merge_method: arcee_fusion\nbase_model: {root / base}\ndtype: {dtype}\nmodels:\n{models}")
+        commands.append([program, str(recipe), str(out), "--no-copy-tokenizer", "--no-write-model-card", "--quiet"])
+    return commands
+
+
+def timed(commands: list[list[str]]) -> tuple[float, float]:
+    """Wall seconds of the commands in turn, and the highest peak memory of one of them in GiB."""
+    seconds, peak = 0.0, 0.0
+    for command in commands:
+        started = time.monotonic()
+        process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds += time.monotonic() - started
+        peak = max(peak, usage.ru_maxrss / (1 << 20))  # Linux counts kilobytes
+        if status:
+            raise SystemExit(f"{' '.join(command)} ended with status {status}")
+    return seconds, peak
+
+
+def copy_files(root: Path, target: Path) -> float:
+    """Seconds to read the three inputs and to write one output by plain file copies."""
+    started = time.monotonic()
+    for branch in BRANCHES[:-1]:
+        shutil.copyfile(root / branch / checkpoints.SINGLE, "/dev/null")
+    shutil.copyfile(root / BRANCHES[-1] / checkpoints.SINGLE, target / checkpoints.SINGLE)
+    return time.monotonic() - started
+
+
+def plain_fusion(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """One step by the published rule, in float64 on whole tensors, by sorting."""
+    a, b = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (base, other))
+    scored = Whole(a, b, by_delta=True, by_divergence=True)
+    q1, median, q3 = scored.order_statistics([math.floor(q * (a.numel() - 1)) for q in QUARTILES])
+    return scored.gate(median + 1.5 * (q3 - q1), positive_only=False)[0].reshape(base.shape)
+
+
+def kept_by_reference(root: Path, largest: int = 5_000_000) -> dict[str, torch.Tensor]:
+    """Masks of what the chain's plain float64 form takes over into code, of every tensor up to `largest` elements."""
+    stored = {branch: checkpoints.entries(root / branch) for branch in BRANCHES}
+    kept = {}
+    for name, entry in stored["code"].items():
+        if torch.Size(entry.shape).numel() <= largest:
+            first, science, code = (checkpoints.read(stored[branch][name]) for branch in BRANCHES)
+            merged = first
+            for base in (science, code):
+                merged = plain_fusion(base, merged)
+            kept[name] = merged != code
+    return kept
+
+
+def iou(root: Path, target: Path, reference: dict[str, torch.Tensor]) -> float:
+    """Elements that both take over into code, of those that either does."""
+    merged, code, both, either = checkpoints.entries(target), checkpoints.entries(root / "code"), 0, 0
+    for name, expected in reference.items():
+        kept = checkpoints.read(merged[name]).bfloat16() != checkpoints.read(code[name])
+        both, either = both + int((kept & expected).sum()), either + int((kept | expected).sum())
+    return both / either
+
+
+def measure(size: str, root: Path) -> list[dict]:
+    """Every contestant twice on one size, in turn; a row each."""
+    parameters = make_models(root, size)
+    reference = kept_by_reference(root) if size == "0.5B" else {}
+    recipe = root / "ours.yaml"
+    recipe.write_text("models:\n" + "".join(f"  - model: {root / branch}\n" for branch in BRANCHES))
+    ours = [sys.executable, "-m", "tinyr1_utils.model_fusion", str(recipe)]
+    contestants = {
+        "mergekit, bfloat16": lambda target: mergekit_commands(root, target, "bfloat16"),
+        "mergekit, float32": lambda target: mergekit_commands(root, target, "float32"),
+        "ours, exact": lambda target: [[*ours, str(target)]],
+    }
+    rows = []
+    for name, commands in contestants.items():
+        runs, digests = [], []
+        for repeat in range(2):
+            target = root / f"merged-{repeat}"
+            target.mkdir()
+            runs.append(timed(commands(target)))
+            digests.append(sorted(sha256_file(path) for path in target.glob("*.safetensors")))
+            overlap = iou(root, target, reference) if reference else None
+            for folder in (target, root / f"merged-{repeat}-middle"):
+                shutil.rmtree(folder, ignore_errors=True)
+        rows.append({
+            "size": size, "parameters": parameters, "what": name, "seconds_1": runs[0][0], "seconds_2": runs[1][0],
+            "peak_gib": max(peak for _, peak in runs), "identical": digests[0] == digests[1], "iou": overlap,
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+    (root / "copy").mkdir()
+    floor = [copy_files(root, root / "copy") for _ in range(2)]
+    rows.append({"size": size, "parameters": parameters, "what": "floor: file copies"})
+    return [*rows[:-1], rows[-1] | {"seconds_1": floor[0], "seconds_2": floor[1]}]
+
+
+def draw(frame: pd.DataFrame) -> None:
+    """Seconds and peak memory against parameters, a line per contestant; both axes logarithmic."""
+    shown = frame.assign(seconds=frame[["seconds_1", "seconds_2"]].mean(axis=1), billions=frame["parameters"] / 1e9)
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.8), layout="constrained")
+    for axis, column, label in ((axes[0], "seconds", "wall time (s)"), (axes[1], "peak_gib", "peak memory (GiB)")):
+        part = shown.dropna(subset=column)
+        sns.lineplot(part, x="billions", y=column, hue="what", style="what", markers=True, dashes=False, ax=axis)
+        axis.set(xscale="log", yscale="log", xlabel="parameters (billions)", ylabel=label)
+        axis.legend(fontsize=6, title=None)
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=200)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--folder", help="where the models are made (10 GiB for 1.5B and more while merging)")
+    arguments = parser.parse_args()
+    rows = []
+    for size in arguments.sizes:
+        with tempfile.TemporaryDirectory(prefix="merge-", dir=arguments.folder) as folder:
+            rows += measure(size, Path(folder))
+    frame = pd.DataFrame(rows).assign(cores=os.cpu_count(), processor=processor()).round(3)
+    frame.to_csv(RESULTS, index=False)
+    draw(frame)
+    print(frame.to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
