@@ -57,7 +57,7 @@ def shapes(size: str) -> dict[str, tuple[int, ...]]:
 def make_models(root: Path, size: str) -> int:
     """The three checkpoints, one backbone's weights and three seeded changes; returns their parameter count."""
     hidden, layers, width = SIZES[size]
-    plan = {name: (torch.bfloat16, shape) for name, shape in shapes(size).items()}
+    plan = {name: ("BF16", shape) for name, shape in shapes(size).items()}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 1}
     if hidden % 7 == 0:
         heads = {"num_attention_heads": 14, "num_key_value_heads": 2}
@@ -75,7 +75,8 @@ def make_models(root: Path, size: str) -> int:
         def tensors(origin=origin, change=change):
             for name, (_, shape) in plan.items():
                 tensor = 0.02 * torch.randn(shape, generator=origin) + ("norm" in name)
-                yield (tensor + RELATIVE_DELTA * 0.02 * torch.randn(shape, generator=change)).bfloat16()
+                changed = tensor + RELATIVE_DELTA * 0.02 * torch.randn(shape, generator=change)
+                yield checkpoints.as_array(changed.bfloat16())
 
         checkpoints.write(folder, plan, tensors(), 1 << 60)
     return sum(torch.Size(shape).numel() for _, shape in plan.values())

@@ -48,8 +48,8 @@ SIBLINGS = {
 HEAVY = {"torch", "transformers", "trl", "vllm", "deepspeed", "mergekit", "accelerate", "datasets"}
 HEAVY_AT_THE_TOP = {
     ("packing", "torch"): "a collator returns tensors",
-    **{(module, "torch"): "pure functions on tensors" for module in ("checkpoints", "fusion", "fusion_kernels")},
-    **{(module, "torch"): "works on tensors throughout" for module in ("model_fusion", "merging")},
+    ("fusion", "torch"): "pure functions on tensors",
+    ("merging", "torch"): "its checks work on tensors throughout",
 }
 
 MAX_FUNCTION_LINES = 60
@@ -87,10 +87,12 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def imported_at_the_top(tree: ast.AST) -> set[str]:
-    """Outside packages that importing a module imports: every import that stands in no function."""
+    """Outside packages that importing a module imports: every import in no function and not for type checkers alone."""
     found, waiting = set(), [tree]
     while waiting:
         node = waiting.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
         if isinstance(node, ast.Import):
             found |= {name.name.split(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -204,6 +206,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(module):
 
 
 def test_top_import_check_sees_what_it_must_see():
+    assert imported_at_the_top(ast.parse("if TYPE_CHECKING:\n    import torch\nimport numpy")) == {"numpy"}
     assert imported_at_the_top(ast.parse("try:\n    import vllm\nexcept ImportError:\n    vllm = None")) == {"vllm"}
     assert "trl" in imported_at_the_top(ast.parse("class A:\n    from trl import SFTTrainer"))
     assert imported_at_the_top(ast.parse("def f():\n    import torch.nn")) == set()

@@ -11,31 +11,34 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Stored dtypes as numpy has them; bfloat16, which it lacks, as uint16.
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+FLOATING = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored tensor: its file, the byte at which it starts there, dtype and shape."""
+    """One stored tensor: its file, the byte at which it starts there, dtype (a key of DTYPES) and shape."""
 
     file: Path
     start: int
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
 
     @property
     def n_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        return _n_bytes(self.dtype, self.shape)
 
 
 def entries(folder: Path) -> dict[str, Entry]:
@@ -81,7 +84,7 @@ def _header(file: Path) -> dict[str, Entry]:
             raise ValueError(
                 f"{file}: tensor {name} is {facts['dtype']}; merge unquantized weights ({', '.join(DTYPES)})"
             )
-        found[name] = Entry(file, data + start, DTYPES[facts["dtype"]], tuple(facts["shape"]))
+        found[name] = Entry(file, data + start, facts["dtype"], tuple(facts["shape"]))
         if data + end > size or end - start != found[name].n_bytes:
             raise ValueError(f"{file} is cut short: tensor {name} ends behind the file's end; copy it again")
     return found
@@ -95,7 +98,7 @@ def check_alike(stored: Mapping[str, Mapping[str, Entry]]) -> None:
             raise ValueError(f"{first} and {name} differ: only one holds the tensor {tensor}; same backbone?")
         for tensor, entry in reference.items():
             if (entry.shape, entry.dtype) != (found[tensor].shape, found[tensor].dtype):
-                facts = [f"{e.dtype} {e.shape}".replace("torch.", "") for e in (entry, found[tensor])]
+                facts = [f"{e.dtype} {e.shape}" for e in (entry, found[tensor])]
                 raise ValueError(
                     f"{first} and {name} differ in {tensor}: {facts[0]} and {facts[1]}; "
                     "train both from the same backbone and store both in the same branch_dtype"
@@ -111,64 +114,88 @@ def module_and_layer(tensor: str) -> tuple[str, int]:
     return ".".join(parts[numbers[0] + 1 :]), int(parts[numbers[0]])
 
 
-def read(entry: Entry) -> Tensor:
-    """The tensor on the CPU, a private map of its part of the file: pages are read when touched and go with the tensor.
+def read_array(entry: Entry) -> np.ndarray:
+    """The tensor as a private map of its part of the file: pages are read when touched and go with the array.
 
-    Writing to it changes neither the file nor another read.
+    Writing to it changes neither the file nor another read. bfloat16 comes as uint16.
     """
     if not entry.n_bytes:
-        return torch.empty(entry.shape, dtype=entry.dtype)
+        return np.empty(entry.shape, DTYPES[entry.dtype])
     data = np.memmap(entry.file, np.uint8, "c", entry.start, (entry.n_bytes,))
-    return torch.from_numpy(data).view(entry.dtype).reshape(entry.shape)
+    return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
-def write(folder: Path, plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor],
-          shard_bytes: int) -> None:  # fmt: skip
-    """Write tensors as they come, in the order of `plan`, to shards of at most `shard_bytes` (or one tensor) each.
+def read(entry: Entry) -> "Tensor":
+    """The tensor on the CPU; its memory is that of `read_array`."""
+    return as_tensor(read_array(entry), entry.dtype)
 
-    One shard is `model.safetensors`; more get an index. The caller renames the folder when it is complete. Raises
-    ValueError for a tensor of another dtype or shape than planned.
+
+def as_tensor(array: np.ndarray, dtype: str) -> "Tensor":
+    """A stored array as a tensor of the same memory."""
+    import torch
+
+    tensor = torch.from_numpy(np.asarray(array))
+    return tensor.view(torch.bfloat16) if dtype == "BF16" else tensor
+
+
+def as_array(tensor: "Tensor") -> np.ndarray:
+    """A CPU tensor as it is stored, of the same memory where it is contiguous."""
+    import torch
+
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def write(
+    folder: Path, plan: Mapping[str, tuple[str, tuple[int, ...]]], arrays: Iterable[np.ndarray], shard_bytes: int
+) -> None:
+    """Write arrays as they come, in the order of `plan`, to shards of at most `shard_bytes` (or one tensor) each.
+
+    `plan` has dtype (a key of DTYPES) and shape of every tensor. One shard is `model.safetensors`; more get an index.
+    The caller renames the folder when it is complete. Raises ValueError for an array that is not as planned.
     """
     shards = _shards(plan, shard_bytes)
     names = [SINGLE] if len(shards) == 1 else [
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
     ]  # fmt: skip
-    coming = iter(tensors)
+    coming = iter(arrays)
     for file, shard in zip(names, shards, strict=True):
         with open(folder / file, "wb") as stream, ThreadPoolExecutor(1) as writer:
             written = writer.submit(stream.write, _packed_header(shard))
             for name, (dtype, shape) in shard.items():
-                tensor = next(coming)  # is made while the one before is written
-                if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
-                    raise ValueError(f"tensor {name} came as {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
+                array = next(coming)  # is made while the one before is written
+                if (array.dtype, array.shape) != (DTYPES[dtype], tuple(shape)):
+                    raise ValueError(f"tensor {name} came as {array.dtype} {array.shape}, not {dtype} {shape}")
                 written.result()
-                written = writer.submit(stream.write, tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+                written = writer.submit(stream.write, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
             written.result()
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        total = sum(prod(shape) * dtype.itemsize for dtype, shape in plan.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(_n_bytes(*facts) for facts in plan.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_bytes: int) -> list[dict]:
+def _n_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+
+
+def _shards(plan: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int) -> list[dict]:
     shards, filled = [{}], 0
-    for name, (dtype, shape) in plan.items():
-        n_bytes = prod(shape) * dtype.itemsize
-        if shards[-1] and filled + n_bytes > shard_bytes:
+    for name, facts in plan.items():
+        if shards[-1] and filled + _n_bytes(*facts) > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][name] = (dtype, shape)
-        filled += n_bytes
+        shards[-1][name] = facts
+        filled += _n_bytes(*facts)
     return shards
 
 
-def _packed_header(shard: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+def _packed_header(shard: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, (dtype, shape) in shard.items():
-        end = start + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        end = start + _n_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at multiples of eight bytes

@@ -7,40 +7,30 @@ again and its rounding noise measured. Sources: TinyR1 (arXiv 2503.04872, sectio
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tinyr1_utils.fusion_kernels import Blocks
+from tinyr1_utils.checkpoints import as_array
+from tinyr1_utils.fusion_kernels import (
+    FACTORS,
+    QUARTILES,
+    FusionResult,
+    chain,
+    fuse_arrays,
+    gated,
+    ranks_of_quartiles,
+    threshold_of,
+)
 
 Importance = Literal["kl_delta", "delta", "kl", "random", "paper"]
 Arithmetic = Literal["exact", "mergekit"]
 IMPORTANCES, ARITHMETICS = Importance.__args__, Arithmetic.__args__
-QUARTILES = (0.25, 0.5, 0.75)
-# What an importance multiplies: |delta|, the row's divergence.
-FACTORS = {"kl_delta": (True, True), "delta": (True, False), "kl": (False, True)}
 # mergekit estimates quartiles from this many elements, drawn with replacement.
 MERGEKIT_SAMPLE = 1_000_000
-
-
-@dataclass(frozen=True)
-class FusionResult:
-    """One fused tensor and how it came about.
-
-    `quartiles` are of the importance; `kept_fraction` is the share of elements that were taken from `other` and differ
-    there; `negative_rows` counts rows whose divergence came out below zero, which only rounding can do; `degenerate`
-    says that all quartiles were zero and the gate was set among the changed elements alone (see `arcee_fusion`).
-    """
-
-    merged: Tensor
-    threshold: float
-    quartiles: tuple[float, float, float]
-    kept_fraction: float
-    negative_rows: int
-    degenerate: bool
 
 
 def arcee_fusion(
@@ -88,8 +78,12 @@ def arcee_fusion(
         return _random_fusion(base, other, fence, seed)
     if importance == "paper":
         return _paper_fusion(base, other, fence)
-    scored = (Whole if base.is_cuda else Blocks)(_rows(base), _rows(other), *FACTORS[importance])
-    return _gated(scored, base.shape, fence)
+    if base.is_cuda:
+        result = gated(Whole(_rows(base), _rows(other), *FACTORS[importance]), base.numel(), fence)
+        return replace(result, merged=result.merged.reshape(base.shape))
+    arrays = as_array(base), as_array(other)
+    result = fuse_arrays(*arrays, importance=importance, fence=fence, threads=torch.get_num_threads())
+    return replace(result, merged=torch.from_numpy(result.merged).view(base.dtype))
 
 
 def row_divergence(base: Tensor, other: Tensor) -> Tensor:
@@ -120,7 +114,7 @@ def round_divergence(divergence: Tensor) -> Tensor:
 
 
 class Whole:
-    """What `Blocks` does, on whole matrices in plain torch: for GPUs, and to test `Blocks` against."""
+    """What `fusion_kernels.Blocks` does, on whole matrices in plain torch: for GPUs, and to test `Blocks` against."""
 
     def __init__(self, base: Tensor, other: Tensor, by_delta: bool, by_divergence: bool):
         self.base, self.other = base, other
@@ -149,13 +143,7 @@ def fuse_chain(branches: Sequence[Tensor], **options) -> tuple[Tensor, list[Fusi
 
     That is TinyR1's order. Returns the last tensor and every step's result; `options` are `arcee_fusion`'s.
     """
-    if len(branches) < 2:
-        raise ValueError(f"a chain needs two or more branches, not {len(branches)}")
-    merged, steps = branches[0], []
-    for base in branches[1:]:
-        steps.append(arcee_fusion(base, merged, **options))
-        merged = steps[-1].merged
-    return merged, steps
+    return chain(branches, partial(arcee_fusion, **options))
 
 
 def fuse_onto(backbone: Tensor, branches: Sequence[Tensor], **options) -> tuple[Tensor, list[FusionResult]]:
@@ -172,36 +160,6 @@ def fuse_onto(backbone: Tensor, branches: Sequence[Tensor], **options) -> tuple[
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(-1, tensor.shape[-1])
-
-
-def _ranks(n_elements: int, below: int = 0) -> list[int]:
-    """The quartiles' ranks among n elements that have `below` smaller ones beneath them."""
-    return [below + math.floor(q * (n_elements - 1)) for q in QUARTILES]
-
-
-def _threshold(quartiles: Sequence[float], fence: float) -> float:
-    q1, median, q3 = quartiles
-    return fence if math.isinf(fence) else median + fence * (q3 - q1)
-
-
-def _gated(scored: Blocks | Whole, shape: torch.Size, fence: float) -> FusionResult:
-    """Quartiles, the rule for degenerate tensors, the gate."""
-    n_elements = shape.numel()
-    if not np.isfinite(scored.divergence).all():
-        raise ValueError("a row's divergence is not finite: a tensor holds NaN, Inf or numbers too large for a softmax")
-    negative_rows = int((scored.divergence < 0).sum())
-    degenerate = _ranks(n_elements)[-1] < scored.zeros
-    if scored.zeros == n_elements:
-        quartiles = [0.0, 0.0, 0.0]
-    elif degenerate:
-        quartiles = scored.order_statistics(_ranks(n_elements - scored.zeros, scored.zeros))
-    else:
-        quartiles = scored.order_statistics(_ranks(n_elements))
-    threshold = _threshold(quartiles, fence)
-    merged, kept = scored.gate(threshold, positive_only=degenerate and not math.isinf(fence))
-    return FusionResult(
-        merged.reshape(shape), threshold, tuple(quartiles), kept / n_elements, negative_rows, degenerate
-    )
 
 
 def _random_fusion(base: Tensor, other: Tensor, fence: float, seed: int) -> FusionResult:
@@ -224,8 +182,8 @@ def _paper_fusion(base: Tensor, other: Tensor, fence: float) -> FusionResult:
     if not math.isfinite(divergence):
         raise ValueError("the divergence is not finite: a tensor holds NaN, Inf or numbers too large for a softmax")
     ordered = scores.flatten().sort().values
-    quartiles = [float(ordered[rank]) for rank in _ranks(base.numel())]
-    threshold = _threshold(quartiles, fence)
+    quartiles = [float(ordered[rank]) for rank in ranks_of_quartiles(base.numel())]
+    threshold = threshold_of(quartiles, fence)
     mask = scores > threshold
     kept = int((mask & (a != b)).sum()) / base.numel()
     merged = torch.where(mask, b, a).reshape(base.shape)

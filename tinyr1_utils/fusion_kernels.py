@@ -1,20 +1,23 @@
-"""Owns the fused loops of exact Arcee Fusion on the CPU: row divergences, order statistics, the gate.
+"""Owns exact Arcee Fusion on the CPU, on arrays: fused loops for divergences, order statistics and gate, and the rule.
 
 Compiled by numba without the interpreter's lock, so that a thread pool works on blocks of rows. Every number belongs to
-one row or is an integer count: block size and thread count change no bit. Knows no names; see `fusion`.
+one row or is an integer count: block size and thread count change no bit. Needs no torch, whose import alone takes
+seconds; bfloat16 comes as uint16. What the numbers mean is said in `fusion`.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import torch
 from numba import njit
-from torch import Tensor
 
 T = TypeVar("T")
+QUARTILES = (0.25, 0.5, 0.75)
+# What an importance multiplies: |delta|, the row's divergence.
+FACTORS = {"kl_delta": (True, True), "delta": (True, False), "kl": (False, True)}
 # Elements of a block: enough to make the interpreter's share small, few enough to spread a tensor over all threads.
 BLOCK = 1 << 18
 # A score is not negative, so its 16 bits behind the sign (exponent and 5 of the mantissa) order it coarsely.
@@ -209,30 +212,61 @@ def _gate(base, other, is_bfloat16, by_delta, by_divergence, divergence, thresho
     return kept
 
 
+@dataclass(frozen=True)
+class FusionResult:
+    """One fused tensor and how it came about.
+
+    `merged` is a tensor, or an array where arrays were fused. `quartiles` are of the importance; `kept_fraction` is the
+    share of elements that were taken from `other` and differ there; `negative_rows` counts rows whose divergence came
+    out below zero, which only rounding can do; `degenerate` says that all quartiles were zero and the gate was set
+    among the changed elements alone (see `fusion.arcee_fusion`).
+    """
+
+    merged: Any
+    threshold: float
+    quartiles: tuple[float, float, float]
+    kept_fraction: float
+    negative_rows: int
+    degenerate: bool
+
+
+class Scored(Protocol):
+    """Two matrices and the scores of their elements: `Blocks`, or `fusion.Whole`."""
+
+    divergence: np.ndarray
+    zeros: int
+
+    def order_statistics(self, ranks: Sequence[int]) -> list[float]:
+        """The scores of these ranks, 0 the smallest."""
+
+    def gate(self, threshold: float, positive_only: bool) -> tuple[Any, int]:
+        """The fused matrix and how many of its elements differ from base."""
+
+
 class Blocks:
-    """Two matrices on the CPU, worked on block by block, and what `fusion` asks of their scores.
+    """Two matrices on the CPU, worked on block by block, and what `gated` asks of their scores.
 
     `divergence` is each row's KL(softmax(other) || softmax(base)), float64, NaN where a row is not finite; `zeros`
     counts the scores that are zero. A score is |delta| and the divergence multiplied, or one of them where the other
     is switched off (the divergence then counts where an element changed).
     """
 
-    def __init__(self, base: Tensor, other: Tensor, by_delta: bool, by_divergence: bool):
-        self.dtype, self.base, self.other = base.dtype, _stored(base), _stored(other)
-        self.kind = (base.dtype == torch.bfloat16, by_delta, by_divergence)
+    def __init__(self, base: np.ndarray, other: np.ndarray, by_delta: bool, by_divergence: bool, threads: int = 1):
+        self.dtype, self.base, self.other = base.dtype, _computable(base), _computable(other)
+        self.kind = (base.dtype == np.uint16, by_delta, by_divergence)
         height = max(1, BLOCK // base.shape[1])
         self.blocks = [slice(start, start + height) for start in range(0, len(base), height)]
+        self.threads = min(threads, len(self.blocks))
         self.divergence = np.empty(len(base))
         counts = sum(self._each(self._measure))
         self.counts, self.zeros = counts[:-1], int(counts[-1])
 
     def _each(self, work: Callable[[Sequence[slice]], T]) -> list[T]:
-        """`work` on the blocks, shared out to as many threads as torch has; a result per thread."""
-        threads = min(torch.get_num_threads(), len(self.blocks))
-        if threads == 1:
+        """`work` on the blocks, shared out to the threads; a result per thread."""
+        if self.threads == 1:
             return [work(self.blocks)]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(work, (self.blocks[start::threads] for start in range(threads))))
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(work, (self.blocks[start :: self.threads] for start in range(self.threads))))
 
     def _measure(self, blocks: Sequence[slice]) -> np.ndarray:
         counts = np.zeros(BINS + 1, np.int64)
@@ -261,7 +295,7 @@ class Blocks:
         candidates.partition(places)
         return [float(candidates[place]) for place in places]
 
-    def gate(self, threshold: float, positive_only: bool) -> tuple[Tensor, int]:
+    def gate(self, threshold: float, positive_only: bool) -> tuple[np.ndarray, int]:
         """The fused matrix, in the inputs' dtype, and how many of its elements differ from base."""
         merged = np.empty_like(self.base)
 
@@ -273,13 +307,59 @@ class Blocks:
             )  # fmt: skip
 
         kept = sum(self._each(choose))
-        tensor = torch.from_numpy(merged)
-        return (tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor.to(self.dtype)), kept
+        return merged.astype(self.dtype, copy=False), kept
 
 
-def _stored(matrix: Tensor) -> np.ndarray:
-    """The matrix as the loops read it, its own memory where they can: bfloat16 as uint16, float16 as float32."""
-    matrix = matrix.contiguous()
-    if matrix.dtype == torch.bfloat16:
-        return matrix.view(torch.uint16).numpy()
-    return (matrix.float() if matrix.dtype == torch.float16 else matrix).numpy()
+def _computable(matrix: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(matrix, np.float32 if matrix.dtype == np.float16 else None)
+
+
+def ranks_of_quartiles(n_elements: int, below: int = 0) -> list[int]:
+    """The quartiles' ranks among n elements that have `below` smaller ones beneath them."""
+    return [below + math.floor(q * (n_elements - 1)) for q in QUARTILES]
+
+
+def threshold_of(quartiles: Sequence[float], fence: float) -> float:
+    """median + fence x (q3 - q1); an infinite fence itself."""
+    q1, median, q3 = quartiles
+    return fence if math.isinf(fence) else median + fence * (q3 - q1)
+
+
+def gated(scored: Scored, n_elements: int, fence: float) -> FusionResult:
+    """Quartiles, the rule for degenerate tensors, the gate. ValueError where a divergence is not finite."""
+    if not np.isfinite(scored.divergence).all():
+        raise ValueError("a row's divergence is not finite: a tensor holds NaN, Inf or numbers too large for a softmax")
+    negative_rows = int((scored.divergence < 0).sum())
+    degenerate = ranks_of_quartiles(n_elements)[-1] < scored.zeros
+    if scored.zeros == n_elements:
+        quartiles = [0.0, 0.0, 0.0]
+    elif degenerate:
+        quartiles = scored.order_statistics(ranks_of_quartiles(n_elements - scored.zeros, scored.zeros))
+    else:
+        quartiles = scored.order_statistics(ranks_of_quartiles(n_elements))
+    threshold = threshold_of(quartiles, fence)
+    merged, kept = scored.gate(threshold, positive_only=degenerate and not math.isinf(fence))
+    return FusionResult(merged, threshold, tuple(quartiles), kept / n_elements, negative_rows, degenerate)
+
+
+def fuse_arrays(
+    base: np.ndarray, other: np.ndarray, *, importance: str = "kl_delta", fence: float = 1.5, threads: int = 1
+) -> FusionResult:
+    """`fusion.arcee_fusion` in exact arithmetic on arrays of one shape and dtype, for the importances of FACTORS."""
+    if not base.size:
+        return FusionResult(base.copy(), 0.0, (0.0, 0.0, 0.0), 0.0, 0, True)
+    columns = base.shape[-1] if base.ndim > 1 else base.size
+    scored = Blocks(base.reshape(-1, columns), other.reshape(-1, columns), *FACTORS[importance], threads)
+    result = gated(scored, base.size, fence)
+    return replace(result, merged=result.merged.reshape(base.shape))
+
+
+def chain(branches: Sequence, fuse: Callable[[Any, Any], FusionResult]) -> tuple[Any, list[FusionResult]]:
+    """`fuse` each branch, as the base, with what the ones before it gave. Returns the last result and every step's."""
+    if len(branches) < 2:
+        raise ValueError(f"a chain needs two or more branches, not {len(branches)}")
+    merged, steps = branches[0], []
+    for base in branches[1:]:
+        steps.append(fuse(base, merged))
+        merged = steps[-1].merged
+    return merged, steps

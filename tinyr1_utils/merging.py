@@ -177,11 +177,11 @@ def gate(merged: Path, backbone: Path, parameters: MergeParameters) -> pd.DataFr
     missing = [name for name in sorted(set(expected) ^ set(found)) if name != "lm_head.weight"]
     if missing:
         raise ValueError(f"merged model and backbone differ in the tensor {missing[0]}")
-    elements, dtype = 0, getattr(torch, parameters.merge_dtype)
+    elements = 0
     for name, entry in found.items():
         if name in expected and entry.shape != expected[name].shape:
             raise ValueError(f"merged tensor {name} has shape {entry.shape}, the backbone {expected[name].shape}")
-        if entry.dtype.is_floating_point and entry.dtype != dtype:
+        if checkpoints.FLOATING.get(entry.dtype, parameters.merge_dtype) != parameters.merge_dtype:
             raise ValueError(f"merged tensor {name} is {entry.dtype}, the recipe says {parameters.merge_dtype}")
         tensor = checkpoints.read(entry)
         elements += tensor.numel()

@@ -8,22 +8,25 @@ python -m tinyr1_utils.model_fusion recipe.yaml merged     # a recipe whose merg
 import argparse
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 import yaml
-from torch import Tensor
 
 from tinyr1_utils import checkpoints
 from tinyr1_utils.artifacts import require_space
-from tinyr1_utils.checkpoints import Entry, check_alike, module_and_layer
+from tinyr1_utils.checkpoints import FLOATING, Entry, check_alike, module_and_layer
 from tinyr1_utils.config import nearest
-from tinyr1_utils.fusion import FusionResult, fuse_chain, fuse_onto
+from tinyr1_utils.fusion_kernels import FACTORS, FusionResult, chain, fuse_arrays
 from tinyr1_utils.recipes import RECIPES
 
 SHARD_BYTES = 5_000_000_000
+DEFAULTS = {"importance": "kl_delta", "fence": 1.5}
 REPORT = [
     "tensor", "step", "module", "layer", "elements", "threshold", "q1", "median", "q3", "kept_fraction", "degenerate",
     "negative_rows",
@@ -35,8 +38,9 @@ def fuse_models(
     target: Path,
     *,
     backbone: Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str = "",
     device: str = "cpu",
+    threads: int = 0,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Callable[[int, int, str], None] | None = None,
     **options,
@@ -44,9 +48,10 @@ def fuse_models(
     """Fuse model folders in their order and write the weights to `target`, an existing empty folder.
 
     Without `backbone` along the chain: {math, science, code} gives code <- (science <- math). With it, every delta is
-    taken to the backbone instead (`fusion.fuse_onto`). `options` are `arcee_fusion`'s, `dtype` the result's (default:
-    as stored). Holds one tensor of every model at a time. `on_progress(done, total, tensor)` is called after each.
-    Returns a row per tensor and step, keys REPORT.
+    taken to the backbone instead (`fusion.fuse_onto`). `options` are `arcee_fusion`'s, `dtype` the result's (float32 or
+    bfloat16; empty: as stored). Holds one tensor of every model at a time. `threads` (0: OMP_NUM_THREADS, else all
+    cores) change nothing but time. `on_progress(done, total, tensor)` is called after each. Returns a row per tensor
+    and step, keys REPORT.
 
     Raises ValueError that names models and tensor where they differ in tensors, shapes or dtypes, and the file of a
     tensor that holds NaN or Inf.
@@ -56,19 +61,76 @@ def fuse_models(
     check_alike(stored)
     last = stored[list(models)[-1]]
     plan = {name: (_result_dtype(entry, dtype), entry.shape) for name, entry in last.items()}
+    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    exact = options.get("arithmetic", "exact") == "exact" and options.get("importance", "kl_delta") in FACTORS
+    fuse = _fuse_arrays if exact and device == "cpu" and not backbone else _fuse_tensors
+    settings = Settings(options, bool(backbone), device, threads)
     rows: list[dict] = []
 
-    def fused() -> Iterator[Tensor]:
+    def fused() -> Iterator[np.ndarray]:
         for done, name in enumerate(plan, start=1):
-            tensors = [checkpoints.read(model[name]) for model in stored.values()]
-            merged, steps = _fuse(name, tensors, stored, bool(backbone), device, options)
-            rows.extend(_report_rows(name, steps, merged.numel()))
-            yield merged.to("cpu", plan[name][0])
+            copies = [model[name] for model in stored.values()]
+            merged, steps = _one_tensor(name, copies, fuse, settings)
+            rows.extend(_report_rows(name, steps, merged.size))
+            yield _cast(merged, last[name].dtype, plan[name][0])
             if on_progress:
                 on_progress(done, len(plan), name)
 
     checkpoints.write(target, plan, fused(), shard_bytes)
     return rows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every tensor is fused: `arcee_fusion`'s options, whether the first copy is the backbone, where, on what."""
+
+    options: Mapping
+    onto_backbone: bool
+    device: str
+    threads: int
+
+
+def _one_tensor(name: str, copies: Sequence[Entry], fuse: Callable, settings: Settings) -> tuple[np.ndarray, list]:
+    arrays = [checkpoints.read_array(copy) for copy in copies]
+    if copies[0].dtype not in FLOATING:
+        if any(not np.array_equal(array, arrays[0]) for array in arrays):
+            raise ValueError(f"the models differ in {name}, which is {copies[0].dtype}: only weights can be fused")
+        return arrays[-1], []
+    try:
+        return fuse(arrays, copies[0].dtype, settings)
+    except ValueError as error:
+        for copy in copies:
+            if not bool(checkpoints.read(copy).isfinite().all()):
+                raise ValueError(f"tensor {name} of {copy.file} holds NaN or Inf; train that branch again") from None
+        raise ValueError(f"tensor {name}: {error}") from None
+
+
+def _fuse_arrays(arrays: list[np.ndarray], dtype: str, settings: Settings) -> tuple[np.ndarray, list[FusionResult]]:
+    """The exact chain on the CPU, without torch."""
+    importance, fence = (settings.options.get(name, default) for name, default in DEFAULTS.items())
+    return chain(arrays, partial(fuse_arrays, importance=importance, fence=fence, threads=settings.threads))
+
+
+def _fuse_tensors(arrays: list[np.ndarray], dtype: str, settings: Settings) -> tuple[np.ndarray, list[FusionResult]]:
+    """Everything else: ablations, mergekit's arithmetic, deltas to the backbone, GPUs."""
+    import torch
+
+    from tinyr1_utils.fusion import fuse_chain, fuse_onto
+
+    torch.set_num_threads(settings.threads)
+    tensors = [checkpoints.as_tensor(array, dtype).to(settings.device) for array in arrays]
+    first, others = tensors[0], tensors[1:]
+    options = settings.options
+    merged, steps = fuse_onto(first, others, **options) if settings.onto_backbone else fuse_chain(tensors, **options)
+    return checkpoints.as_array(merged.cpu()), steps
+
+
+def _cast(array: np.ndarray, stored: str, wanted: str) -> np.ndarray:
+    if stored == wanted:
+        return array
+    import torch
+
+    return checkpoints.as_array(checkpoints.as_tensor(array, stored).to(getattr(torch, FLOATING[wanted])))
 
 
 def fuse_recipe(
@@ -99,7 +161,9 @@ def fuse_recipe(
     last = list(models.values())[-1]
     require_space(target.parent, sum(entry.n_bytes for entry in checkpoints.entries(last).values()))
     backbone = root / recipe["base_model"] if "base_model" in recipe else None
-    dtype = getattr(torch, recipe["dtype"]) if "dtype" in recipe else None
+    dtype = recipe.get("dtype", "")
+    if dtype and dtype not in FLOATING.values():
+        raise ValueError(f"dtype is {dtype!r}, not one of {', '.join(FLOATING.values())}")
     target.mkdir(exist_ok=True)
     try:
         report = fuse_models(
@@ -133,26 +197,9 @@ def _printed(on_line: Callable[[str], None]) -> Callable[[int, int, str], None]:
     return show
 
 
-def _result_dtype(entry: Entry, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype and entry.dtype.is_floating_point else entry.dtype
-
-
-def _fuse(name: str, tensors: list[Tensor], stored: Mapping[str, Mapping[str, Entry]], onto: bool, device: str,
-          options: Mapping) -> tuple[Tensor, list[FusionResult]]:  # fmt: skip
-    if not tensors[0].is_floating_point():
-        if any(not torch.equal(tensor, tensors[0]) for tensor in tensors):
-            raise ValueError(f"the models differ in {name}, which is {tensors[0].dtype}: only weights can be fused")
-        return tensors[-1], []
-    moved = [tensor.to(device) for tensor in tensors]
-    try:
-        return fuse_onto(moved[0], moved[1:], **options) if onto else fuse_chain(moved, **options)
-    except ValueError as error:
-        for tensor, model in zip(tensors, stored.values(), strict=True):
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(
-                    f"tensor {name} of {model[name].file} holds NaN or Inf; train that branch again"
-                ) from None
-        raise ValueError(f"tensor {name}: {error}") from None
+def _result_dtype(entry: Entry, dtype: str) -> str:
+    codes = {name: code for code, name in FLOATING.items()}
+    return codes[dtype] if dtype and entry.dtype in FLOATING else entry.dtype
 
 
 def _report_rows(name: str, steps: Sequence[FusionResult], elements: int) -> Iterator[dict]:
