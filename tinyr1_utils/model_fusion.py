@@ -72,9 +72,9 @@ def fuse_models(
             copies = [model[name] for model in stored.values()]
             merged, steps = _one_tensor(name, copies, fuse, settings)
             rows.extend(_report_rows(name, steps, merged.size))
-            yield _cast(merged, last[name].dtype, plan[name][0])
             if on_progress:
                 on_progress(done, len(plan), name)
+            yield _cast(merged, last[name].dtype, plan[name][0])
 
     checkpoints.write(target, plan, fused(), shard_bytes)
     return rows
