@@ -41,10 +41,10 @@ figures: bootstrap ## draw figures/ again from the published runs
 publish: bootstrap ## copy a finished run's small results to papermill_runs/published, draw figures/; CONFIG=
 	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner publish --config $(CONFIG)
 
-# On a machine without a local wheel of CPU torch, uv looks its version up in PyTorch's CPU index.
 benchmark-merge: bootstrap ## merging beside mergekit: time, memory, repeats; SIZES="0.5B"
 	$(VENV_PYTHON) benchmarks/merge.py $(if $(SIZES),--sizes $(SIZES))
 
+# On a machine without a local wheel of CPU torch, uv looks its version up in PyTorch's CPU index.
 lock: bootstrap ## resolve requirements/*.in again, keeping versions that still fit; LOCK_ARGS=--upgrade moves them
 	UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(COMPILE) requirements/cpu.in --overrides requirements/overrides-cpu.txt \
 		$(if $(PIP_FIND_LINKS),,--torch-backend=cpu) -o requirements/cpu.lock

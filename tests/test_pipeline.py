@@ -16,7 +16,9 @@ from nbclient import NotebookClient
 CURATION = {"shared": {"limit": 160}}
 SFT = {"shared": {"max_steps": 8, "save_steps": 2, "per_device_batch_size": 4}}
 SMALL = {"limit": 6, "n_samples": 2, "chunk_size": 6, "max_new_tokens": 48}
-EVALUATION = {"shared": SMALL, "variants": {"backbone": {"model": "backbone"}, "linear": {"model": "merge/linear"}}}
+MERGE = {"linear": {"recipe": "linear"}, "exact": {"recipe": "arcee_fusion"}}
+MODELS = {"backbone": "backbone", **{variant: f"merge/{variant}" for variant in MERGE}}
+EVALUATION = {"shared": SMALL, "variants": {variant: {"model": model} for variant, model in MODELS.items()}}
 
 
 def run_all(root: Path, config: Path, *options: str) -> subprocess.CompletedProcess:
@@ -74,14 +76,14 @@ def test_whole_pipeline_and_a_second_run_that_does_nothing(project):
         "small",
         curation=CURATION,
         sft=SFT,
-        merge={"shared": {"merge_order": "math,science"}, "variants": {"linear": {"recipe": "linear"}}},
+        merge={"shared": {"merge_order": "math,science"}, "variants": MERGE},
         evaluation=EVALUATION,
         stress={"shared": SMALL, "variants": {"backbone": {"model": "backbone"}}},
     )
     first = run_all(project, config)
     assert first.returncode == 0, first.stdout[-4000:] + first.stderr[-4000:]
     before = manifests(project, "small")
-    assert len(before) == 3 + 4 + 1 + 2 + 1 + 1
+    assert len(before) == 3 + 4 + 2 + 3 + 1 + 1
     report = project / "papermill_runs/small/analysis/report/report.html"
     assert str(report.relative_to(project)) in first.stdout and report.is_file()
     stamps = {path: path.stat().st_mtime_ns for path in project.glob("papermill_runs/small/*/*/manifest.json")}
@@ -90,6 +92,7 @@ def test_whole_pipeline_and_a_second_run_that_does_nothing(project):
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     merged = json.loads(before["merge/linear/manifest.json"])
     assert merged["inputs"].keys() == {"backbone", "sft/math", "sft/science"}
+    assert json.loads(before["merge/exact/manifest.json"])["metrics"]["degenerate_tensors"] == 0
     assert not any(str(project) in text.decode() for text in before.values()), "an absolute path in a manifest"
 
 

@@ -201,7 +201,7 @@ def _gate(base, other, is_bfloat16, by_delta, by_divergence, divergence, thresho
     """The block's elements that pass, from `other`, the rest from `base`; returns how many of them differ from base."""
     columns = base.shape[1]
     floats, wide, delta, kept = np.empty(columns, np.float32), np.empty(columns), np.empty(columns), 0
-    lowest = max(threshold, 5e-324) if positive_only else threshold
+    lowest = max(threshold, 5e-324) if positive_only else threshold  # the smallest positive number
     for r in range(base.shape[0]):
         _load(base[r], other[r], is_bfloat16, floats, wide, delta)
         _scores(delta, divergence[r], by_delta, by_divergence)
