@@ -3,11 +3,16 @@
 import random
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
+
+from tinyr1_utils import deltas
 from tinyr1_utils.artifacts import describe_output, write_json
 from tinyr1_utils.records import DOMAINS, Score, write_records
 
 N_PROBLEMS, N_SAMPLES = 40, 4
 FILTERS = ("read", "complete", "length", "verified", "duplicate", "contaminated")
+MERGE_ORDER = "math,science,code"
 RECIPES = ("arcee_fusion", "linear", "task_arithmetic", "ties", "dare_ties")
 MODELS = {"backbone": "backbone"} | {b: f"sft/{b}" for b in (*DOMAINS, "mixture")} | {r: f"merge/{r}" for r in RECIPES}
 CHANGES = {"longer_right": 0.08, "longer_wrong": -0.1, "true_false": 0.2, "nouns": -0.01}
@@ -18,7 +23,7 @@ def finish(run: Path, name: str, parameters: dict, metrics: dict, inputs: dict |
     folder = run / name
     folder.mkdir(parents=True, exist_ok=True)
     stage, variant = name.split("/")
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in {".jsonl", ".csv"})
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in {".jsonl", ".csv", ".safetensors"})
     outputs = {str(p.relative_to(folder)): describe_output(p) for p in files}
     facts = {"stage": stage, "variant": variant, "parameters": parameters, "inputs": inputs or {}}
     write_json(folder / "provenance.json", {"seconds": 12.5, "peak_gib": 0.75, "devices": ["CPU"], "git_commit": "abc"})
@@ -50,7 +55,30 @@ def branch(run: Path, name: str, rng: random.Random) -> None:
         "held_out_loss": loss + 0.05,
     }
     domains = ",".join(DOMAINS) if name == "mixture" else name
-    finish(run, f"sft/{name}", {"domains": domains}, facts | {"utilisation": 0.93, "changed_fraction": 0.98})
+    weights(folder / "branch", 0.01, rng)
+    parameters = {"domains": domains, "branch_dtype": "float32"}
+    finish(run, f"sft/{name}", parameters, facts | {"utilisation": 0.93, "changed_fraction": 0.98})
+
+
+def weights(folder: Path, noise: float, rng: random.Random) -> None:
+    """A model folder with three tensors: the same ones everywhere, and seeded noise of this size on them."""
+    folder.mkdir(parents=True)
+    same, own = np.random.default_rng(0), np.random.default_rng(rng.randrange(2**32))
+    shapes = {f"model.layers.{layer}.mlp.up_proj.weight": (16, 32) for layer in (0, 1)} | {"model.norm.weight": (32,)}
+    tensors = {n: (same.normal(size=s) + noise * own.normal(size=s)).astype("f4") for n, s in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def merge(run: Path, recipe: str, rng: random.Random) -> None:
+    """A merged model that is no merge of the branches: enough for what is computed from its weights."""
+    folder = run / "merge" / recipe
+    weights(folder / "merged", 0.005, rng)
+    models = {b: run / "sft" / b / "branch" for b in MERGE_ORDER.split(",")} | {recipe: folder / "merged"}
+    table = deltas.tensor_deltas(models, run / "backbone")
+    table.to_csv(folder / "deltas.csv", index=False)
+    known = "mergekit_arcee_fusion" if recipe == "arcee_fusion" else recipe
+    parameters = {"recipe": known, "merge_order": MERGE_ORDER, "settings": "", "merge_dtype": "float32"}
+    finish(run, f"merge/{recipe}", parameters, deltas.delta_metrics(table))
 
 
 def scores(domain: str, share: float, rng: random.Random) -> list[Score]:
@@ -105,9 +133,9 @@ def build(run: Path, seed: int = 0) -> Path:
         curation(run, domain, rng)
     for name in (*DOMAINS, "mixture"):
         branch(run, name, rng)
+    weights(run / "backbone", 0.0, rng)
     for recipe in RECIPES:
-        parameters = {"recipe": recipe, "merge_order": "math,science,code", "settings": ""}
-        finish(run, f"merge/{recipe}", parameters, {"parameters": 1900000, "changed_fraction": 0.1})
+        merge(run, recipe, rng)
     for variant, model in MODELS.items():
         evaluation(run, variant, model, rng)
     for variant in ("backbone", "science", "arcee_fusion"):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from tinyr1_utils import analysis, figures, reported, tables
+from tinyr1_utils import analysis, figures, merge_analysis, plotting, reported, tables
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,11 @@ def frames(tmp_path_factory):
         "loss_curves": analysis.loss_frame(run),
         "token_lengths": reported.beside(analysis.token_frame(run), reported.token_rows()),
         "stress_drops": reported.beside(analysis.stress_frame(run), reported.stress_rows()),
+        "merge_choices": merge_analysis.choice_frame(run),
+        "accuracy_by_kept_fraction": merge_analysis.choice_frame(run),
+        "kept_by_layer": merge_analysis.reference_kept(run),
+        "delta_cosines": merge_analysis.reference_deltas(run),
+        "kept_overlap": merge_analysis.overlap_frame(run, (0.1, 1.0)),
         "gains": analysis.gain_frame(run),
     }
 
@@ -41,7 +46,7 @@ def visible_texts(figure):
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_figure_has_labels_and_clips_no_text(frames, name):
     figure = figures.FIGURES[name](frames[name])
-    with plt.style.context(figures.STYLE):
+    with plt.style.context(plotting.STYLE):
         FigureCanvasAgg(figure).draw()
     width, height = figure.bbox.width, figure.bbox.height
     for text in visible_texts(figure):
@@ -51,9 +56,11 @@ def test_figure_has_labels_and_clips_no_text(frames, name):
     titles = [axes.title if axes.title.get_text() else axes._left_title for axes in figure.axes]
     boxes = [title.get_window_extent() for title in titles]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), f"{name}: titles overlap"
-    assert all(axes.get_xlabel() for axes in figure.axes)
-    assert all(axes.get_ylabel() for axes in figure.axes if axes.get_subplotspec().is_first_col())
-    assert figure.get_figwidth() == figures.TEXT_WIDTH_IN
+    panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    assert all(axes.get_xlabel() for axes in panels)
+    assert all(axes.get_ylabel() for axes in panels if axes.get_subplotspec().is_first_col())
+    assert all(axes.get_ylabel() for axes in figure.axes if axes not in panels)
+    assert figure.get_figwidth() == plotting.TEXT_WIDTH_IN
 
 
 def test_figures_save_the_same_bytes_twice_and_redraw_from_their_csv(frames, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyr1_utils import checkpoints, merging, recipes
+from tinyr1_utils import checkpoints, deltas, merging, recipes
 from tinyr1_utils.artifacts import sha256_file
 from tinyr1_utils.config import MergeParameters, from_root, load_config, stage_parameters
 
@@ -150,8 +150,8 @@ def test_a_seeded_random_recipe_repeats_to_the_byte(run):
 
 def test_delta_frame_closed_form(run):
     models = {name: run / f"sft/{name}/branch" for name in ("math", "science")}
-    deltas = merging.tensor_deltas({**models, "same": models["math"]}, run / "backbone")
-    frame = merging.delta_frame(deltas).set_index("model")
+    tensors = deltas.tensor_deltas({**models, "same": models["math"]}, run / "backbone")
+    frame = deltas.delta_frame(tensors).set_index("model")
     assert frame.loc["math", "cosine_same"] == pytest.approx(1, abs=1e-9)
     assert abs(frame.loc["math", "cosine_science"]) < 0.05, "independent noise is nearly orthogonal"
     assert frame.loc["math", "changed_fraction"] > 0.99

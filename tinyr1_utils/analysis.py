@@ -18,6 +18,7 @@ from tinyr1_utils.artifacts import completed, output
 from tinyr1_utils.config import BACKBONE, names
 from tinyr1_utils.metrics import Estimate, clustered_mean, interval, paired_difference
 from tinyr1_utils.records import DOMAINS, Score, require_records
+from tinyr1_utils.sources import SOURCES
 
 MODEL = ["origin", "model", "kind", "benchmark", "domain"]
 ESTIMATE = ["stderr", "low", "high", "n_problems", "confidence"]
@@ -39,7 +40,7 @@ def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def _bounds(mean: float, stderr: float, n_problems: int, confidence: float) -> dict[str, float]:
+def estimate_columns(mean: float, stderr: float, n_problems: int, confidence: float) -> dict[str, float]:
     """The columns of ESTIMATE for one mean."""
     low, high = interval(Estimate(mean, stderr, n_problems, n_problems), confidence)
     return {"stderr": stderr, "low": low, "high": high, "n_problems": n_problems, "confidence": confidence}
@@ -80,12 +81,17 @@ def _models(run: dict[str, dict], stage: str) -> list[tuple[str, str, str]]:
     return sorted(found, key=lambda row: (looks.KINDS.index(row[1]), looks.order(row[0])))
 
 
-def _benchmarks(run: dict[str, dict]) -> list[tuple[dict[str, Any], str, dict[str, Any]]]:
-    """(columns of MODEL, variant, metrics) for each model x benchmark, models first, benchmarks by domain."""
+def benchmark_rows(run: dict[str, dict], split: str = "test") -> list[tuple[dict[str, Any], str, dict[str, Any]]]:
+    """(columns of MODEL, variant, metrics) for each model x benchmark of a split, models first, benchmarks by domain.
+
+    A benchmark that is not in the table of datasets counts as a test.
+    """
     rows = []
     for model, kind, variant in _models(run, "evaluation"):
         benchmarks = run[f"evaluation/{variant}"]["metrics"]["benchmarks"]
         for name, facts in sorted(benchmarks.items(), key=lambda item: (DOMAINS.index(item[1]["domain"]), item[0])):
+            if (SOURCES[name].split if name in SOURCES else "test") != split:
+                continue
             values = (looks.THIS_RUN, model, kind, name, facts["domain"])
             rows.append((dict(zip(MODEL, values, strict=True)), variant, facts))
     return rows
@@ -103,11 +109,11 @@ def _by_problem(scores: list[Score], value: Callable[[Score], float]) -> dict[st
     return grouped
 
 
-def accuracy_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
-    """One row per model x benchmark, columns ACCURACY; `output_tokens` is the mean of a completion."""
+def accuracy_frame(run_dir: Path, confidence: float = 0.95, split: str = "test") -> pd.DataFrame:
+    """One row per model x benchmark of a split, columns ACCURACY; `output_tokens` is the mean of a completion."""
     rows = []
-    for columns, _, facts in _benchmarks(completed(run_dir)):
-        bounds = _bounds(facts["pass_at_1"], _number(facts["stderr"]), facts["n_problems"], confidence)
+    for columns, _, facts in benchmark_rows(completed(run_dir), split):
+        bounds = estimate_columns(facts["pass_at_1"], _number(facts["stderr"]), facts["n_problems"], confidence)
         bounds |= {"low": max(bounds["low"], 0.0), "high": min(bounds["high"], 1.0)}
         rows.append(columns | facts | bounds)
     return pd.DataFrame(rows, columns=ACCURACY)
@@ -122,12 +128,12 @@ def average_frame(accuracy: pd.DataFrame, confidence: float = 0.95) -> pd.DataFr
     for (model, kind), group in own.groupby(["model", "kind"], sort=False):
         if len(group) == own["benchmark"].nunique():
             mean, stderr = group["pass_at_1"].mean(), math.sqrt((group["stderr"] ** 2).sum(skipna=False)) / len(group)
-            bounds = _bounds(mean, stderr, int(group["n_problems"].sum()), confidence)
+            bounds = estimate_columns(mean, stderr, int(group["n_problems"].sum()), confidence)
             rows.append({"model": model, "kind": kind, "pass_at_1": mean} | bounds)
     return pd.DataFrame(rows, columns=["model", "kind", "pass_at_1", *ESTIMATE])
 
 
-def _compare(run_dir: Path, rows: list, references: dict[str, tuple[str, str]], confidence: float) -> list[dict]:
+def compare(run_dir: Path, rows: list, references: dict[str, tuple[str, str]], confidence: float) -> list[dict]:
     """Each row of `_benchmarks` minus the reference (model, variant) of its benchmark, on the problems both have.
 
     `unpaired` counts the problems that only one of the two has (runs with another limit).
@@ -146,15 +152,15 @@ def _compare(run_dir: Path, rows: list, references: dict[str, tuple[str, str]], 
             continue
         estimate = paired_difference({i: ours[i] for i in shared}, {i: theirs[i] for i in shared})
         facts = {"reference": reference, "difference": estimate.mean, "unpaired": len(ours.keys() ^ theirs.keys())}
-        compared.append(columns | facts | _bounds(estimate.mean, estimate.stderr, len(shared), confidence))
+        compared.append(columns | facts | estimate_columns(estimate.mean, estimate.stderr, len(shared), confidence))
     return compared
 
 
 def gain_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
     """pass@1 of each model minus the backbone's, paired by problem, per benchmark; columns GAIN."""
-    rows = _benchmarks(completed(run_dir))
+    rows = benchmark_rows(completed(run_dir))
     references = {c["benchmark"]: (BACKBONE, variant) for c, variant, _ in rows if c["model"] == BACKBONE}
-    return pd.DataFrame(_compare(run_dir, rows, references, confidence), columns=GAIN)
+    return pd.DataFrame(compare(run_dir, rows, references, confidence), columns=GAIN)
 
 
 def _own_branches(run: dict[str, dict], rows: list) -> dict[str, tuple[str, str]]:
@@ -175,9 +181,9 @@ def merge_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
     `changed_fraction` is the share of elements in which the merged model differs from the base of the fusion.
     """
     run = completed(run_dir)
-    rows = _benchmarks(run)
+    rows = benchmark_rows(run)
     others = [row for row in rows if row[0]["kind"] != "branch"]
-    compared = _compare(run_dir, others, _own_branches(run, rows), confidence)
+    compared = compare(run_dir, others, _own_branches(run, rows), confidence)
     for row in compared:
         manifest = run.get(row["model"].partition("@")[0], {}) if row["kind"] == "merged model" else {}
         facts = manifest.get("parameters", {}) | manifest.get("metrics", {})
@@ -192,7 +198,7 @@ def token_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
     where `truncation_rate` is not 0.
     """
     rows = []
-    for columns, variant, _ in _benchmarks(completed(run_dir)):
+    for columns, variant, _ in benchmark_rows(completed(run_dir)):
         scores = _scores(run_dir, variant, columns["benchmark"])
         if scores:
             lengths = pd.Series([score.output_tokens for score in scores])
@@ -200,7 +206,7 @@ def token_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
             facts = {name: float(lengths.quantile(share)) for name, share in QUANTILES.items()}
             facts |= {"mean": mean.mean, "n_completions": len(scores)}
             facts |= {"truncation_rate": sum(score.truncated for score in scores) / len(scores)}
-            rows.append(columns | facts | _bounds(mean.mean, mean.stderr, mean.n_problems, confidence))
+            rows.append(columns | facts | estimate_columns(mean.mean, mean.stderr, mean.n_problems, confidence))
     return pd.DataFrame(rows, columns=TOKENS)
 
 
@@ -211,7 +217,7 @@ def stress_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
         metrics = run[f"stress/{variant}"]["metrics"]
         for change, facts in sorted(metrics["changes"].items(), key=lambda item: looks.order(item[0])):
             columns = {"origin": looks.THIS_RUN, "model": model, "kind": kind, "benchmark": metrics["benchmark"]}
-            bounds = _bounds(facts["difference"], _number(facts["stderr"]), facts["n_problems"], confidence)
+            bounds = estimate_columns(facts["difference"], _number(facts["stderr"]), facts["n_problems"], confidence)
             rows.append(columns | {"change": change} | facts | bounds)
     return pd.DataFrame(rows, columns=STRESS)
 

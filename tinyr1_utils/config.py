@@ -26,6 +26,11 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """The numbers of a comma-separated parameter, in order. ValueError for a part that is none."""
+    return tuple(float(part) for part in names(text))
+
+
 def nearest(word: str, known) -> str:
     """`; did you mean 'x'?` for the known word that is closest, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
@@ -219,6 +224,14 @@ class AnalysisParameters(StageParameters):
     notebook: ClassVar[str] = "06_analysis"
     title: str
     confidence: Annotated[float, Field(gt=0, lt=1)]
+    delta_scales: str
+
+    @field_validator("delta_scales")
+    @classmethod
+    def positive_numbers(cls, text: str) -> str:
+        if any(scale <= 0 for scale in numbers(text)):
+            raise ValueError("delta_scales are comma-separated numbers above 0, or empty")
+        return text
 
 
 STAGES: dict[str, type[StageParameters]] = {

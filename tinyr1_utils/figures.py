@@ -1,7 +1,8 @@
-"""Owns the figures: one function per figure, a tidy frame of `analysis` in, a matplotlib Figure out; and saving them.
+"""Owns the figures of a whole run: one function per figure, a tidy frame of `analysis` in, a Figure out; and saving.
 
 Reads no run and computes no statistic. Every figure is 7 in wide (text width) in the style of tinyr1.mplstyle;
-labels, colours and markers come from `looks`. Panels of reported numbers are shaded, their markers hollow.
+labels, colours and markers come from `looks`. Panels of reported numbers are shaded, their markers hollow. The
+figures of merging are in `merge_figures`.
 """
 
 from collections.abc import Callable
@@ -10,129 +11,33 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from tinyr1_utils import looks
+from tinyr1_utils import looks, merge_figures
+from tinyr1_utils.plotting import REPORTED_FACE, TEXT_WIDTH_IN, dots, marker_size, note, panels, styled
 from tinyr1_utils.records import atomic_path
 
-STYLE = Path(__file__).with_name("tinyr1.mplstyle")
-TEXT_WIDTH_IN = 7.0
-COLUMNS = 3
 NARROWEST_SCALE = 5.0  # percent; an accuracy panel shows at least this much
-REPORTED_FACE = "#F0F0F0"
-ROW_IN, PANEL_IN = 0.16, 0.62  # height of one row of a panel; of its title, ticks and axis label
 DASHES = ["", (4, 1.5), (1, 1), (3, 1, 1, 1)]
-_styled = plt.style.context(STYLE)
 
 
-def note(text: str) -> Figure:
-    """A figure that says why there is nothing to draw."""
-    figure = plt.figure(figsize=(TEXT_WIDTH_IN, 0.5))
-    figure.text(0.01, 0.5, text, va="center")
-    plt.close(figure)
-    return figure
-
-
-def _blocks(frame: pd.DataFrame, panel: str) -> list[tuple[str, list[str]]]:
-    """(origin, at most COLUMNS panels) for each line of panels, this run's before the reported ones."""
-    blocks = []
-    for origin in (looks.THIS_RUN, looks.REPORTED):
-        panels = list(dict.fromkeys(frame.loc[frame["origin"] == origin, panel]))
-        blocks += [(origin, panels[i : i + COLUMNS]) for i in range(0, len(panels), COLUMNS)]
-    return blocks
-
-
-def _frame_panel(axes: Axes, rows: list[str], origin: str, title: str) -> None:
-    """Rows named on the y axis, from the top; reported panels shaded and marked."""
-    reported = origin == looks.REPORTED
-    axes.set_title(f"reported: {title}" if reported else title)
-    axes.set_facecolor(REPORTED_FACE if reported else "white")
-    axes.set_yticks(range(len(rows)), [looks.look(row).label for row in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.margins(x=0.08)
-
-
-def _title(record: pd.Series, panel: str) -> str:
-    """What a panel shows: domain and benchmark, a reported benchmark, or a model on its benchmark."""
-    if panel == "benchmark":
-        own = record["origin"] == looks.THIS_RUN
-        return f"{record['domain']} ({record['benchmark']})" if own else record["benchmark"]
-    return ", ".join(part for part in (looks.look(record[panel]).label, record.get("benchmark", "")) if part)
-
-
-def _panels(
-    frame: pd.DataFrame, panel: str, row: str, xlabel: str, ylabel: str, draw: Callable, *, share_x: bool = False
-) -> Figure:
-    """A grid of panels: `draw(axes, positions, part, reported)` for each value of column `panel`.
-
-    Panels of one line share their rows (the values of column `row`); `positions` are the y values of `part`'s rows.
-    """
-    blocks = _blocks(frame, panel)
-    parts = [frame[(frame["origin"] == origin) & frame[panel].isin(panels)] for origin, panels in blocks]
-    rows = [list(dict.fromkeys(part[row])) for part in parts]
-    heights = [ROW_IN * len(names) + PANEL_IN for names in rows]
-    width = max(len(panels) for _, panels in blocks)
-    figure, grid = plt.subplots(
-        len(blocks), width, squeeze=False, figsize=(TEXT_WIDTH_IN, sum(heights)), height_ratios=heights
-    )
-    for line, (origin, panels), part, names in zip(grid, blocks, parts, rows, strict=True):
-        for axes, name in zip(line, panels, strict=False):
-            shown = part[part[panel] == name]
-            draw(axes, [names.index(value) for value in shown[row]], shown, origin == looks.REPORTED)
-            _frame_panel(axes, names, origin, _title(shown.iloc[0], panel))
-            axes.set_xlabel(xlabel)
-            if axes is line[0]:
-                axes.set_ylabel(ylabel)
-            else:
-                axes.tick_params(labelleft=False)
-        if share_x and origin == looks.THIS_RUN:
-            limits = [axes.get_xlim() for axes in line[: len(panels)]]
-            for axes in line[: len(panels)]:
-                axes.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
-        for axes in line[len(panels) :]:
-            axes.remove()
-    figure.align_ylabels(grid[:, 0])
-    plt.close(figure)
-    return figure
-
-
-def _size(look: looks.Look) -> float:
-    """Points; a star needs more of them to be seen as one."""
-    return 6.5 if look.marker == "*" else 4.5
-
-
-def _dots(axes: Axes, positions: list[int], part: pd.DataFrame, value: str, name: str, reported: bool) -> None:
-    """One marker a row with its interval, in percent or percentage points; hollow and without one where reported."""
-    for y, row in zip(positions, part.to_dict("records"), strict=True):
-        look = looks.look(row[name])
-        x = 100 * row[value]
-        if pd.notna(row["low"]):
-            axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=look.colour, solid_capstyle="butt")
-        face = REPORTED_FACE if reported else look.colour
-        axes.plot(x, y, look.marker, color=look.colour, markerfacecolor=face, markersize=_size(look))
-
-
-@_styled
+@styled
 def accuracy_by_model(frame: pd.DataFrame) -> Figure:
     """pass@1 of every model, a panel per benchmark; dashed: the backbone. Frame: `accuracy_frame` (+ reported rows)."""
     if frame.empty:
         return note("accuracy by model: no evaluation is finished")
 
     def draw(axes, positions, part, reported):
-        _dots(axes, positions, part, "pass_at_1", "model", reported)
+        dots(axes, positions, part, "pass_at_1", "model", reported)
         is_backbone = part["model"].map(lambda name: "backbone" in (name, looks.twin(name)))
         for value in part.loc[is_backbone, "pass_at_1"].head(1):
             axes.axvline(100 * value, color=looks.look("backbone").colour, linewidth=0.7, linestyle="--", zorder=0)
         axes.update_datalim([(0, 0), (NARROWEST_SCALE, 0)])  # all near zero is drawn as near zero, not magnified
 
-    return _panels(frame, "benchmark", "model", "pass@1 (%)", "model", draw)
+    return panels(frame, "benchmark", "model", "pass@1 (%)", "model", draw)
 
 
-@_styled
+@styled
 def merge_recipes(frame: pd.DataFrame) -> Figure:
     """pass@1 minus the domain's own branch, a panel per benchmark. Frame: `merge_frame` (+ reported rows)."""
     if frame.empty:
@@ -140,12 +45,12 @@ def merge_recipes(frame: pd.DataFrame) -> Figure:
 
     def draw(axes, positions, part, reported):
         axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
-        _dots(axes, positions, part, "difference", "model", reported)
+        dots(axes, positions, part, "difference", "model", reported)
 
-    return _panels(frame, "benchmark", "model", "minus own branch (points)", "model", draw)
+    return panels(frame, "benchmark", "model", "minus own branch (points)", "model", draw)
 
 
-@_styled
+@styled
 def stress_drops(frame: pd.DataFrame) -> Figure:
     """Accuracy under each change minus the unchanged benchmark, a panel per model. Frame: `stress_frame` (+ rows)."""
     if frame.empty:
@@ -153,12 +58,12 @@ def stress_drops(frame: pd.DataFrame) -> Figure:
 
     def draw(axes, positions, part, reported):
         axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
-        _dots(axes, positions, part, "difference", "change", reported)
+        dots(axes, positions, part, "difference", "change", reported)
 
-    return _panels(frame, "model", "change", "changed − unchanged (points)", "change", draw, share_x=True)
+    return panels(frame, "model", "change", "changed − unchanged (points)", "change", draw, share_x=True)
 
 
-@_styled
+@styled
 def token_lengths(frame: pd.DataFrame) -> Figure:
     """Output tokens: 10-25-50-75-90 % boxes, the mean, the truncated share. Frame: `token_frame` (+ reported rows)."""
     if frame.empty:
@@ -181,16 +86,16 @@ def token_lengths(frame: pd.DataFrame) -> Figure:
                 look.marker,
                 color=look.colour,
                 markerfacecolor=face,
-                markersize=0.8 * _size(look),
+                markersize=0.8 * marker_size(look),
                 zorder=4,
             )
         reach = max(row["mean"] if reported else max(row["p90"], row["mean"]) for row in shown)
         axes.set_xlim(0, reach * (1.1 if reported else 1.4))
 
-    return _panels(frame, "benchmark", "model", "output tokens", "model", draw)
+    return panels(frame, "benchmark", "model", "output tokens", "model", draw)
 
 
-@_styled
+@styled
 def curation_funnel(frame: pd.DataFrame) -> Figure:
     """Rows left after each filter, a panel per curated domain. Frame: `funnel_frame`."""
     if frame.empty:
@@ -204,10 +109,10 @@ def curation_funnel(frame: pd.DataFrame) -> Figure:
         axes.set_xlim(0, part["rows"].max() * 1.55)
 
     own = frame.drop(columns="domain").assign(origin=looks.THIS_RUN)
-    return _panels(own, "variant", "filter", "rows", "after filter", draw)
+    return panels(own, "variant", "filter", "rows", "after filter", draw)
 
 
-@_styled
+@styled
 def loss_curves(frame: pd.DataFrame) -> Figure:
     """Training loss and held-out loss against response tokens, a line per branch. Frame: `loss_frame`.
 
@@ -242,8 +147,12 @@ def loss_curves(frame: pd.DataFrame) -> Figure:
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     function.__name__: function
-    for function in (accuracy_by_model, merge_recipes, curation_funnel, loss_curves, token_lengths, stress_drops)
-}
+    for function in (
+        accuracy_by_model, merge_recipes, curation_funnel, loss_curves, token_lengths, stress_drops,
+        merge_figures.merge_choices, merge_figures.accuracy_by_kept_fraction, merge_figures.kept_overlap,
+        merge_figures.kept_by_layer, merge_figures.delta_cosines,
+    )
+}  # fmt: skip
 
 
 def read_frame(path: Path) -> pd.DataFrame:
@@ -253,7 +162,7 @@ def read_frame(path: Path) -> pd.DataFrame:
     return frame.assign(**{name: frame[name].fillna("") for name in text})
 
 
-@_styled
+@styled
 def save(figure: Figure, frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     """Write <name>.pdf, .png and .csv (the frame behind the figure); the same input gives the same bytes.
 

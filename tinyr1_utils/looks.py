@@ -1,4 +1,4 @@
-"""Owns the one mapping from model, domain and recipe to label, colour and marker, and the order they are shown in.
+"""Owns the one mapping from model, domain, recipe, importance and arithmetic to label, colour, marker and order.
 
 Does not draw and does not know which of them a run holds.
 """
@@ -33,6 +33,15 @@ LOOKS: dict[str, Look] = {
     "ties": Look("TIES", "#8C6239", ">"),
     "dare_linear": Look("DARE-linear", "#C4669F", "p"),
     "dare_ties": Look("DARE-TIES", "#5B3A8E", "*"),
+    "kl_delta": Look("|delta| x KL (the method)", "#C23B00", "D"),
+    "delta": Look("|delta| alone", "#0173B2", "o"),
+    "kl": Look("KL alone", "#029E73", "v"),
+    "random": Look("random elements", "#7A7A7A", "s"),
+    "paper": Look("the paper's formula", "#A85AA0", "P"),
+    "exact": Look("exact, float32 (reference)", "#C23B00", "D"),
+    "exact_bfloat16": Look("exact, bfloat16 branches", "#C27500", "^"),
+    "mergekit_float32": Look("mergekit, float32", "#5B3A8E", "*"),
+    "mergekit_bfloat16": Look("mergekit, bfloat16", "#1A1A1A", "X"),
     "longer_right": Look("right option longer", "#0173B2", "o"),
     "longer_wrong": Look("wrong options longer", "#C27500", "^"),
     "true_false": Look("true / false statements", "#029E73", "v"),

@@ -15,12 +15,12 @@ import pandas as pd
 import torch
 import yaml
 
-from tinyr1_utils import checkpoints, launch, recipes
+from tinyr1_utils import checkpoints, deltas, launch, recipes
 from tinyr1_utils.artifacts import Stage, output_folder, require_space, sha256_file
 from tinyr1_utils.backbones import COMPANION_FILES, check_model_folder, resolve_backbone
 from tinyr1_utils.config import BACKBONE, GenerationParameters, MergeParameters, names, validated
 from tinyr1_utils.generation import ENGINES, load_tokenizer, requests
-from tinyr1_utils.records import Problem
+from tinyr1_utils.records import Problem, atomic_path
 
 FUSION_REPORT = "fusion.csv"
 SMOKE = {
@@ -153,17 +153,26 @@ def fusion_report(stage: Stage) -> pd.DataFrame:
     return pd.read_csv(path) if path.is_file() else pd.DataFrame()
 
 
+def write_fusion_report(stage: Stage, tensors: pd.DataFrame) -> None:
+    """Add to the fusion report each tensor's deltas to the backbone; `tensors` is `deltas.tensor_deltas`.
+
+    A recipe of mergekit's has no report, and gets none.
+    """
+    report = fusion_report(stage)
+    if not report.empty:
+        joined = deltas.with_geometry(report, tensors, names(stage.parameters.merge_order))
+        with atomic_path(stage.path(FUSION_REPORT)) as temporary:
+            joined.to_csv(temporary, index=False, float_format="%.9g")
+
+
 def fusion_metrics(stage: Stage) -> dict[str, float | int]:
-    """What the manifest says of an exact fusion: the share kept, and how many tensors were degenerate in a step."""
+    """What an exact fusion says of itself: share kept by its last step, tensors that were degenerate in a step."""
     report = fusion_report(stage)
     if report.empty:
         return {}
-    return {"kept_fraction": round(kept_fraction(report), 6), "degenerate_tensors": int(report["degenerate"].sum())}
-
-
-def kept_fraction(report: pd.DataFrame) -> float:
-    """Share of the elements that steps took over, weighted by tensor size; columns `model_fusion.REPORT`."""
-    return float((report["kept_fraction"] * report["elements"]).sum() / report["elements"].sum())
+    last = report[report["step"] == report["step"].max()]
+    kept = (last["kept_fraction"] * last["elements"]).sum() / last["elements"].sum()
+    return {"kept_fraction": round(float(kept), 6), "degenerate_tensors": int(report["degenerate"].sum())}
 
 
 def gate(merged: Path, backbone: Path, parameters: MergeParameters) -> pd.DataFrame:
@@ -219,43 +228,3 @@ def smoke_generations(merged: Path, problem: Problem, parameters: MergeParameter
             raise ValueError(f"the merged model generates nothing through {name}")
         rows.append((name, completion.output_tokens, completion.text))
     return pd.DataFrame(rows, columns=["engine", "output_tokens", "text"])
-
-
-def tensor_deltas(models: Mapping[str, Path], backbone: Path) -> pd.DataFrame:
-    """Each model's delta to the backbone, tensor by tensor: norms, changed elements, scalar products with the others.
-
-    Columns: tensor, module, layer, elements, backbone_square, and per model changed_<model> and, per pair of models,
-    dot_<a>_<b>. Sums in float64; memory is bounded by the largest tensor.
-    """
-    stored = {label: checkpoints.entries(folder) for label, folder in models.items()}
-    rows = []
-    for name, entry in checkpoints.entries(backbone).items():
-        if any(name not in found for found in stored.values()):
-            continue
-        origin = checkpoints.read(entry).double().flatten()
-        deltas = torch.stack([checkpoints.read(found[name]).double().flatten() - origin for found in stored.values()])
-        dots = (deltas @ deltas.T).tolist()
-        changed = torch.count_nonzero(deltas, dim=1).tolist()
-        module, layer = checkpoints.module_and_layer(name)
-        row = {"tensor": name, "module": module, "layer": layer, "elements": origin.numel()}
-        row |= {"backbone_square": float(origin.square().sum())}
-        row |= {f"changed_{label}": count for label, count in zip(models, changed, strict=True)}
-        row |= {f"dot_{a}_{b}": dots[i][j] for i, a in enumerate(models) for j, b in enumerate(models)}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def delta_frame(deltas: pd.DataFrame) -> pd.DataFrame:
-    """`tensor_deltas` over the whole model: relative norm, share of changed elements, cosine to every other delta.
-
-    Columns: model, relative_norm, changed_fraction, and cosine_<model> for each model.
-    """
-    labels = [column.removeprefix("changed_") for column in deltas if column.startswith("changed_")]
-    total = deltas.sum(numeric_only=True)
-    norm = {label: total[f"dot_{label}_{label}"] ** 0.5 for label in labels}
-    frame = pd.DataFrame({"model": labels})
-    frame["relative_norm"] = [norm[label] / total["backbone_square"] ** 0.5 for label in labels]
-    frame["changed_fraction"] = [total[f"changed_{label}"] / total["elements"] for label in labels]
-    for b in labels:
-        frame[f"cosine_{b}"] = [total[f"dot_{a}_{b}"] / max(norm[a] * norm[b], 1e-300) for a in labels]
-    return frame

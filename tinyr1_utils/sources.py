@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tinyr1_utils import adapters, micro_problems
 from tinyr1_utils.adapters import Row
@@ -21,7 +22,11 @@ Adapter = Callable[[Row, str], tuple[Problem, Trace | None]]
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset and split. `adapter` maps (row, id prefix) to a problem and, for training sources, its trace."""
+    """One dataset and split. `adapter` maps (row, id prefix) to a problem and, for training sources, its trace.
+
+    Problems of a `train` split carry teacher traces; on a `validation` split settings are chosen and no result is
+    reported; the others are benchmarks.
+    """
 
     domain: str
     licence: str
@@ -29,7 +34,7 @@ class Source:
     adapter: Adapter | None
     local_file: str = ""
     hub: tuple[str, str, str, str] = ("", "", "", "")  # repository, configuration, split, revision
-    has_traces: bool = False
+    split: Literal["train", "validation", "test"] = "test"
     keep: Callable[[Row], bool] = field(default=lambda row: True)
 
 
@@ -51,33 +56,39 @@ _MMLU_REVISION, _OPENR1_REVISION = (
     "e4e141ec9dea9f8326f4d347be56105859b2bd68",
 )
 _HUB = "https://huggingface.co/datasets/"
+_MICRO = "tinyr1_utils/micro_problems.py"
 
 # `main` stands where no revision could be checked yet: pin it before a result of it is published.
 SOURCES: dict[str, Source] = {
-    "micro-math-train": Source("math", "Apache-2.0", "tinyr1_utils/micro_problems.py", None, has_traces=True),
-    "micro-code-train": Source("code", "Apache-2.0", "tinyr1_utils/micro_problems.py", None, has_traces=True),
-    "micro-science-train": Source("science", "Apache-2.0", "tinyr1_utils/micro_problems.py", None, has_traces=True),
-    "micro-math": Source("math", "Apache-2.0", "tinyr1_utils/micro_problems.py", None),
-    "micro-code": Source("code", "Apache-2.0", "tinyr1_utils/micro_problems.py", None),
-    "micro-science": Source("science", "Apache-2.0", "tinyr1_utils/micro_problems.py", None),
+    "micro-math-train": Source("math", "Apache-2.0", _MICRO, None, split="train"),
+    "micro-code-train": Source("code", "Apache-2.0", _MICRO, None, split="train"),
+    "micro-science-train": Source("science", "Apache-2.0", _MICRO, None, split="train"),
+    "micro-math-validation": Source("math", "Apache-2.0", _MICRO, None, split="validation"),
+    "micro-code-validation": Source("code", "Apache-2.0", _MICRO, None, split="validation"),
+    "micro-science-validation": Source("science", "Apache-2.0", _MICRO, None, split="validation"),
+    "micro-math": Source("math", "Apache-2.0", _MICRO, None),
+    "micro-code": Source("code", "Apache-2.0", _MICRO, None),
+    "micro-science": Source("science", "Apache-2.0", _MICRO, None),
     "gsm8k-train": Source(
         "math", "MIT", _HUB + _GSM8K[0], adapters.gsm8k, "math/gsm8k_train.jsonl",
-        (*_GSM8K, "train", _GSM8K_REVISION), True,
+        (*_GSM8K, "train", _GSM8K_REVISION), "train",
     ),
     "gsm8k": Source(
         "math", "MIT", _HUB + _GSM8K[0], adapters.gsm8k, "math/gsm8k_test.jsonl", (*_GSM8K, "test", _GSM8K_REVISION)
     ),
     "mbpp-train": Source(
-        "code", "CC-BY-4.0", _HUB + _MBPP[0], adapters.mbpp, "code/mbpp.jsonl", (*_MBPP, "train", _MBPP_REVISION), True,
+        "code", "CC-BY-4.0", _HUB + _MBPP[0], adapters.mbpp, "code/mbpp.jsonl",
+        (*_MBPP, "train", _MBPP_REVISION), "train",
         lambda row: 601 <= row["task_id"] <= 974,
     ),
     "mbpp": Source(
-        "code", "CC-BY-4.0", _HUB + _MBPP[0], adapters.mbpp, "code/mbpp.jsonl", (*_MBPP, "test", _MBPP_REVISION), False,
+        "code", "CC-BY-4.0", _HUB + _MBPP[0], adapters.mbpp, "code/mbpp.jsonl",
+        (*_MBPP, "test", _MBPP_REVISION), "test",
         lambda row: 11 <= row["task_id"] <= 510,
     ),
     "arc-challenge-train": Source(
         "science", "CC-BY-SA-4.0; responses without a stated licence", _HUB + _ARC[0], adapters.arc,
-        "science/arc_challenge_train.jsonl", (*_ARC, "train", _ARC_REVISION), True,
+        "science/arc_challenge_train.jsonl", (*_ARC, "train", _ARC_REVISION), "train",
     ),
     "arc-challenge": Source(
         "science", "CC-BY-SA-4.0", _HUB + _ARC[0], adapters.arc,
@@ -85,7 +96,7 @@ SOURCES: dict[str, Source] = {
     ),
     "mmlu-stem": Source(
         "science", "MIT", _HUB + "cais/mmlu", adapters.mmlu, "science/mmlu_stem_test.jsonl",
-        ("cais/mmlu", "all", "test", _MMLU_REVISION), False,
+        ("cais/mmlu", "all", "test", _MMLU_REVISION), "test",
         lambda row: row["subject" if "subject" in row else "type"] in adapters.STEM_SUBJECTS,
     ),
     "aime24": Source(
@@ -103,26 +114,28 @@ SOURCES: dict[str, Source] = {
     ),
     "livecodebench": Source(
         "code", "CC", _HUB + "livecodebench/code_generation_lite", adapters.livecodebench, "code/livecodebench.jsonl",
-        ("livecodebench/code_generation_lite", "release_v5", "test", "main"), False,
+        ("livecodebench/code_generation_lite", "release_v5", "test", "main"), "test",
         lambda row: "2024-08-01" <= str(row["contest_date"])[:10] <= "2025-02-01",
     ),
     "human-eval": Source("code", "MIT", "https://github.com/openai/human-eval", adapters.human_eval),
     "openr1-math-train": Source(
         "math", "Apache-2.0", _HUB + "open-r1/OpenR1-Math-220k", adapters.openr1_math, "math/openr1_math.jsonl",
-        ("open-r1/OpenR1-Math-220k", "default", "train", _OPENR1_REVISION), True,
+        ("open-r1/OpenR1-Math-220k", "default", "train", _OPENR1_REVISION), "train",
     ),
     "openthoughts-code-train": Source(
         "code", "Apache-2.0", _HUB + "open-thoughts/OpenThoughts-114k", adapters.openthoughts,
         "code/openthoughts.jsonl",
-        ("open-thoughts/OpenThoughts-114k", "metadata", "train", "main"), True,
+        ("open-thoughts/OpenThoughts-114k", "metadata", "train", "main"), "train",
         lambda row: row["domain"] == "code",
     ),
     "s1k-train": Source(
         "science", "MIT", _HUB + "simplescaling/s1K-1.1", adapters.s1k, "science/s1k.jsonl",
-        ("simplescaling/s1K-1.1", "default", "train", "main"), True,
+        ("simplescaling/s1K-1.1", "default", "train", "main"), "train",
     ),
 }  # fmt: skip
 
+# What is added to a run's seed: a split's problems are drawn apart from the training set's.
+MICRO_SEEDS = {"test": 1_000_000, "validation": 2_000_000}
 MICRO_TEST_PROBLEMS = 140  # of a held-out set read whole; the science split holds little more
 # Shares of the micro teacher's raw pool that curation has to find, as a crawled pool would hold them.
 MICRO_WRONG_SHARE, MICRO_UNFINISHED_SHARE, MICRO_REPEATED_SHARE, MICRO_LEAKED_SHARE = 0.15, 0.03, 0.03, 0.02
@@ -139,7 +152,7 @@ def benchmark_names(text: str) -> tuple[str, ...]:
     """A comma-separated list of benchmarks, each checked against the table. `name@16` asks for 16 samples there."""
     chosen = tuple(part.partition("@")[0] for part in names(text))
     for name in chosen:
-        if source_named(name).has_traces:
+        if source_named(name).split == "train":
             raise ValueError(f"{name!r} is a training source, not a benchmark")
     if not chosen:
         raise ValueError("no benchmark named")
@@ -194,7 +207,7 @@ def load(name: str, data_root: str = "", limit: int = 0, seed: int = 0) -> Loade
             continue
         seen.add(problem.id)
         problems.append(problem)
-        if trace is not None and source.has_traces:
+        if trace is not None and source.split == "train":
             traces[problem.id] = trace
     problems = subset(problems, limit, seed)
     return Loaded(problems, {p.id: traces[p.id] for p in problems if p.id in traces}, broken, digest)
@@ -231,12 +244,14 @@ def _hub_rows(name: str, source: Source) -> Iterator[tuple[int, Row]]:
 
 
 def _load_micro(name: str, source: Source, limit: int, seed: int) -> Loaded:
-    if not source.has_traces:
-        problems = micro_problems.generate(source.domain, "test", limit or MICRO_TEST_PROBLEMS, seed + 1_000_000)
+    if source.split != "train":
+        n_problems = limit or MICRO_TEST_PROBLEMS
+        problems = micro_problems.generate(source.domain, source.split, n_problems, seed + MICRO_SEEDS[source.split])
         return Loaded(problems, {}, [], "generated")
     n_problems = limit or 2000
     rng = random.Random(f"{name}|{seed}")
-    leaked = micro_problems.generate(source.domain, "test", int(n_problems * MICRO_LEAKED_SHARE), seed + 1_000_000)
+    n_leaked = int(n_problems * MICRO_LEAKED_SHARE)
+    leaked = micro_problems.generate(source.domain, "test", n_leaked, seed + MICRO_SEEDS["test"])
     problems = micro_problems.generate(source.domain, "train", n_problems - len(leaked), seed) + leaked
     traces = {
         problem.id: micro_problems.teach(

@@ -77,6 +77,63 @@ def difference_table(frame: pd.DataFrame) -> pd.DataFrame:
     return _with_twins(_wide(own, "model", column, _points), own, reported, _points)
 
 
+def choice_table(choices: pd.DataFrame) -> pd.DataFrame:
+    """One line per model: what kind of merge it is, share kept by its last step, scores, paired difference."""
+    lines = [
+        {
+            "model": looks.look(r.model).label,
+            "recipe": r.recipe if pd.notna(r.recipe) else EMPTY,
+            "settings": r.settings if pd.notna(r.settings) and r.settings else EMPTY,
+            "merge order": r.merge_order.replace(",", " → ") if pd.notna(r.merge_order) else EMPTY,
+            "kept (%)": _percent(r.kept_fraction),
+            "validation (%)": _percent(r.validation),
+            "test (%)": _percent(r.pass_at_1, r.stderr),
+            "minus Arcee Fusion (points)": _difference(r),
+        }
+        for r in choices.itertuples()
+    ]
+    return pd.DataFrame(lines)
+
+
+def selected_table(selected: pd.DataFrame) -> pd.DataFrame:
+    """One line per recipe: the setting that validation chose among how many, and what it scores on the test."""
+    lines = [
+        {
+            "recipe": r.recipe,
+            "settings tried": r.n_settings,
+            "chosen": looks.look(r.model).label,
+            "validation (%)": _percent(r.validation),
+            "test (%)": _percent(r.pass_at_1, r.stderr),
+            "minus Arcee Fusion (points)": _difference(r),
+        }
+        for r in selected.itertuples()
+    ]
+    return pd.DataFrame(lines)
+
+
+def _difference(record: Any) -> str:
+    """A choice's difference to the reference with its interval, where there is one."""
+    if pd.isna(record.difference):
+        return EMPTY
+    bounds = f"[{100 * record.difference_low:+.1f}, {100 * record.difference_high:+.1f}]"
+    return f"{100 * record.difference:+.1f} {bounds}"
+
+
+def overlap_table(overlap: pd.DataFrame) -> pd.DataFrame:
+    """Of the delta as trained: how many elements an arithmetic keeps, and how many of them exact arithmetic keeps."""
+    lines = [
+        {
+            "arithmetic": looks.look(r.arithmetic).label,
+            "kept (%)": f"{100 * r.kept_fraction:.2f}",
+            "IoU with exact": f"{r.iou:.3f}",
+            "rows with negative KL (%)": f"{100 * r.negative_rows:.1f}",
+            "degenerate tensors": r.degenerate_tensors,
+        }
+        for r in overlap[overlap["delta_scale"] == 1].itertuples()
+    ]
+    return pd.DataFrame(lines)
+
+
 def token_table(tokens: pd.DataFrame) -> pd.DataFrame:
     """Models x benchmarks: mean output tokens ± stderr (truncated share)."""
     own, reported = (tokens[tokens["origin"] == origin] for origin in (looks.THIS_RUN, looks.REPORTED))

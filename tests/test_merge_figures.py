@@ -1,9 +1,9 @@
-"""Figures of a single stage: what is drawn are the frame's numbers."""
+"""Figures of merging: what is drawn are the frame's numbers."""
 
 import pandas as pd
 import pytest
 
-from tinyr1_utils import stage_figures
+from tinyr1_utils import merge_figures
 
 
 def fusion_report() -> pd.DataFrame:
@@ -20,7 +20,7 @@ def fusion_report() -> pd.DataFrame:
 
 
 def test_kept_by_layer_weighs_tensors_of_a_module_by_their_size():
-    figure = stage_figures.kept_by_layer(fusion_report())
+    figure = merge_figures.kept_by_layer(fusion_report())
     first, second = (axes.collections[0].get_array() for axes in figure.axes[:2])
     assert [float(value) for value in first[1, 1:]] == pytest.approx([19.0, 5.0])  # 90 x 10 % + 10 x 100 % of 100
     assert float(second[1, 2]) == pytest.approx(10.0)
@@ -29,5 +29,5 @@ def test_kept_by_layer_weighs_tensors_of_a_module_by_their_size():
 
 
 def test_a_recipe_without_a_report_says_so():
-    figure = stage_figures.kept_by_layer(pd.DataFrame())
-    assert "mergekit" in figure.texts[0].get_text()
+    figure = merge_figures.kept_by_layer(pd.DataFrame())
+    assert "selects no elements" in figure.texts[0].get_text()

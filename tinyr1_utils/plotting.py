@@ -1,0 +1,111 @@
+"""Owns what all figures share: the style, physical widths, a grid of panels with named rows, one estimate as a dot.
+
+Knows no run and no statistic: frames come in, `looks` says how each thing is shown.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tinyr1_utils import looks
+
+STYLE = Path(__file__).with_name("tinyr1.mplstyle")
+TEXT_WIDTH_IN = 7.0
+COLUMNS = 3
+REPORTED_FACE = "#F0F0F0"
+ROW_IN, PANEL_IN = 0.16, 0.62  # height of one row of a panel; of its title, ticks and axis label
+styled = plt.style.context(STYLE)
+
+
+def note(text: str) -> Figure:
+    """A figure that says why there is nothing to draw."""
+    figure = plt.figure(figsize=(TEXT_WIDTH_IN, 0.5))
+    figure.text(0.01, 0.5, text, va="center")
+    plt.close(figure)
+    return figure
+
+
+def _blocks(frame: pd.DataFrame, panel: str) -> list[tuple[str, list[str]]]:
+    """(origin, at most COLUMNS panels) for each line of panels, this run's before the reported ones."""
+    blocks = []
+    for origin in (looks.THIS_RUN, looks.REPORTED):
+        panels = list(dict.fromkeys(frame.loc[frame["origin"] == origin, panel]))
+        blocks += [(origin, panels[i : i + COLUMNS]) for i in range(0, len(panels), COLUMNS)]
+    return blocks
+
+
+def _frame_panel(axes: Axes, rows: list[str], origin: str, title: str) -> None:
+    """Rows named on the y axis, from the top; reported panels shaded and marked."""
+    reported = origin == looks.REPORTED
+    axes.set_title(f"reported: {title}" if reported else title)
+    axes.set_facecolor(REPORTED_FACE if reported else "white")
+    axes.set_yticks(range(len(rows)), [looks.look(row).label for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.margins(x=0.08)
+
+
+def _title(record: pd.Series, panel: str) -> str:
+    """What a panel shows: domain and benchmark, a reported benchmark, or a model on its benchmark."""
+    if panel == "benchmark":
+        own = record["origin"] == looks.THIS_RUN
+        return f"{record['domain']} ({record['benchmark']})" if own else record["benchmark"]
+    return ", ".join(part for part in (looks.look(record[panel]).label, record.get("benchmark", "")) if part)
+
+
+def panels(
+    frame: pd.DataFrame, panel: str, row: str, xlabel: str, ylabel: str, draw: Callable, *, share_x: bool = False
+) -> Figure:
+    """A grid of panels: `draw(axes, positions, part, reported)` for each value of column `panel`.
+
+    Panels of one line share their rows (the values of column `row`); `positions` are the y values of `part`'s rows.
+    """
+    blocks = _blocks(frame, panel)
+    parts = [frame[(frame["origin"] == origin) & frame[panel].isin(panels)] for origin, panels in blocks]
+    rows = [list(dict.fromkeys(part[row])) for part in parts]
+    heights = [ROW_IN * len(names) + PANEL_IN for names in rows]
+    width = max(len(panels) for _, panels in blocks)
+    figure, grid = plt.subplots(
+        len(blocks), width, squeeze=False, figsize=(TEXT_WIDTH_IN, sum(heights)), height_ratios=heights
+    )
+    for line, (origin, panels), part, names in zip(grid, blocks, parts, rows, strict=True):
+        for axes, name in zip(line, panels, strict=False):
+            shown = part[part[panel] == name]
+            draw(axes, [names.index(value) for value in shown[row]], shown, origin == looks.REPORTED)
+            _frame_panel(axes, names, origin, _title(shown.iloc[0], panel))
+            axes.set_xlabel(xlabel)
+            if axes is line[0]:
+                axes.set_ylabel(ylabel)
+            else:
+                axes.tick_params(labelleft=False)
+        if share_x and origin == looks.THIS_RUN:
+            limits = [axes.get_xlim() for axes in line[: len(panels)]]
+            for axes in line[: len(panels)]:
+                axes.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+        for axes in line[len(panels) :]:
+            axes.remove()
+    figure.align_ylabels(grid[:, 0])
+    plt.close(figure)
+    return figure
+
+
+def marker_size(look: looks.Look) -> float:
+    """Points; a star needs more of them to be seen as one."""
+    return 6.5 if look.marker == "*" else 4.5
+
+
+def dots(axes: Axes, positions: list[int], part: pd.DataFrame, value: str, name: str, reported: bool) -> None:
+    """One marker a row with its interval, in percent or percentage points; hollow and without one where reported."""
+    for y, row in zip(positions, part.to_dict("records"), strict=True):
+        look = looks.look(row[name])
+        x = 100 * row[value]
+        if pd.notna(row["low"]):
+            axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=look.colour, solid_capstyle="butt")
+        face = REPORTED_FACE if reported else look.colour
+        axes.plot(x, y, look.marker, color=look.colour, markerfacecolor=face, markersize=marker_size(look))
