@@ -23,15 +23,28 @@ def pair(shape, relative: float = 1e-2, seed: int = 0, dtype=torch.float32) -> t
 
 
 def plain_fusion(base: torch.Tensor, other: torch.Tensor, fence: float = 1.5) -> tuple[torch.Tensor, float]:
-    """The method in float64 by its definition and by sorting: what the fast form has to equal."""
+    """The method in float64 on whole tensors, its order statistics by sorting: what the fast form has to equal.
+
+    With d = other - base the divergence is sum p d - log sum q e^d: a form that is not ours, and that at deltas of
+    1e-7 still has nine digits, where sum p log(p / q) has none.
+    """
     a, b = base.double(), other.double()
-    log_p, log_q = torch.log_softmax(b, -1), torch.log_softmax(a, -1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True)
-    scores = (b - a).abs() * divergence
+    p, q, d = torch.softmax(b, -1), torch.softmax(a, -1), b - a
+    divergence = (p * d).sum(-1, keepdim=True) - torch.log1p((q * torch.expm1(d)).sum(-1, keepdim=True))
+    scores = d.abs() * divergence
     ordered = scores.flatten().sort().values
     q1, median, q3 = (ordered[math.floor(q * (len(ordered) - 1))] for q in (0.25, 0.5, 0.75))
     threshold = median + fence * (q3 - q1)
     return scores >= threshold, float(threshold)
+
+
+def check_against_plain(base: torch.Tensor, other: torch.Tensor) -> None:
+    mask, threshold = plain_fusion(base, other)
+    result = arcee_fusion(base, other)
+    assert result.threshold == pytest.approx(threshold, rel=1e-6)
+    taken = (result.merged == other) & (base != other)
+    assert int((taken & mask).sum()) >= 0.999 * int((taken | mask).sum())
+    assert result.negative_rows == 0 and not result.degenerate
 
 
 def test_two_by_two_by_hand():
@@ -48,17 +61,20 @@ def test_two_by_two_by_hand():
 
 
 @pytest.mark.parametrize("relative", [1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (1, 1), (64, 48), (3, 5000), (300, 1024)])
+@pytest.mark.parametrize("shape", [(7,), (64, 48), (3, 5000), (300, 1024)])
 def test_exact_arithmetic_equals_the_definition(shape, relative):
-    base, other = (tensor.double() for tensor in pair(shape, relative))
-    mask, threshold = plain_fusion(base, other)
+    check_against_plain(*pair(shape, relative))
+
+
+def test_exact_arithmetic_equals_the_definition_on_fifty_million_elements():
+    check_against_plain(*pair((50_000, 1000), 1e-3))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (5, 1)])
+def test_rows_of_one_element_have_no_divergence_and_keep_base(shape):
+    base, other = pair(shape)
     result = arcee_fusion(base, other)
-    # the definition itself loses digits at small deltas, in a row of one element it is rounding alone
-    if base.numel() > 1 and relative >= 1e-3:
-        assert result.threshold == pytest.approx(threshold, rel=1e-6)
-        taken = (result.merged == other) & (base != other)
-        assert (taken & mask).sum() >= 0.999 * (taken | mask).sum()
-    assert result.negative_rows == 0
+    assert torch.equal(result.merged, base) and result.degenerate and result.negative_rows == 0
 
 
 def test_divergence_keeps_its_digits_where_the_plain_form_loses_them():

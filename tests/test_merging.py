@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -155,6 +156,23 @@ def test_delta_frame_closed_form(run):
     assert frame.loc["math", "cosine_same"] == pytest.approx(1, abs=1e-9)
     assert abs(frame.loc["math", "cosine_science"]) < 0.05, "independent noise is nearly orthogonal"
     assert frame.loc["math", "changed_fraction"] > 0.99
+
+
+def test_the_report_says_how_far_each_branch_moved_a_tensor_and_where_to(run):
+    """Two rows of a report for one tensor; norms and cosines from the definition."""
+    models = {name: run / f"sft/{name}/branch" for name in ("math", "science", "code")}
+    tensors = deltas.tensor_deltas({**models, "merged": models["code"]}, run / "backbone")
+    name = "model.layers.0.mlp.up_proj.weight"
+    report = pd.DataFrame({"tensor": [name, name], "step": [1, 2], "threshold": [0.5, 0.25]})
+    joined = deltas.with_geometry(report, tensors, tuple(models))
+    origin, *branches = (load_file(path / "model.safetensors")[name] for path in (run / "backbone", *models.values()))
+    math, science, _ = ((branch.double() - origin.double()).flatten() for branch in branches)
+    assert joined["threshold"].to_list() == [0.5, 0.25]
+    assert joined["norm_math"].to_list() == pytest.approx([float(math.norm())] * 2)
+    cosine = float(torch.nn.functional.cosine_similarity(math, science, dim=0))
+    assert joined["cosine_math_science"].to_list() == pytest.approx([cosine] * 2, abs=1e-12)
+    again = deltas.with_geometry(joined, tensors, tuple(models))
+    pd.testing.assert_frame_equal(again, joined)
 
 
 @pytest.mark.parametrize(

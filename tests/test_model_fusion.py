@@ -163,6 +163,34 @@ def test_a_branch_that_does_not_fit_is_one_sentence_and_leaves_nothing(models, t
     assert not (tmp_path / "merged").exists()
 
 
+def _weightless(folder: Path, beside: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / beside).write_text("{}")
+
+
+def _quantized(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda f: _weightless(f, "adapter_config.json"), "LoRA adapter alone: merge it into its backbone"),
+        (lambda f: _weightless(f, "pytorch_model.bin"), "pytorch_model.bin is not read: convert it to safetensors"),
+        (_quantized, "is quantized .* give the unquantized model"),
+        (shutil.rmtree, "no model folder"),
+    ],
+)
+def test_a_folder_that_is_no_whole_model_is_refused(models, tmp_path, damage, sentence):
+    _damaged(models, tmp_path / "science", lambda tensors: None)
+    damage(tmp_path / "science")
+    recipe = {"models": [{"model": str(models / "math")}, {"model": str(tmp_path / "science")}]}
+    with pytest.raises((FileNotFoundError, ValueError), match=sentence):
+        model_fusion.fuse_recipe(recipe, tmp_path, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_no_space_is_said_before_anything_is_written(models, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
     recipe = {"models": [{"model": name} for name in BRANCHES]}

@@ -1,6 +1,7 @@
 """Owns where a backbone's weights come from: a local folder, a package that carries them, or the hub."""
 
 import importlib.util
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -47,14 +48,32 @@ PACKAGED = {
 }
 
 
-def check_model_folder(folder: Path) -> Path:
-    """`folder` when it holds a model and its tokenizer. Raises FileNotFoundError that names what is missing."""
+def check_weights(folder: Path) -> Path:
+    """`folder` when it holds the weights of a whole, unquantized model: what can be trained on or merged.
+
+    Raises FileNotFoundError or ValueError that names what is there instead.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"no model folder {folder}")
     if not any((folder / name).is_file() for name in WEIGHTS):
-        binary = list(folder.glob("*.bin"))
-        found = f" ({binary[0].name} is not read: convert it to safetensors)" if binary else ""
-        raise FileNotFoundError(f"{folder} holds no weights: neither {WEIGHTS[0]} nor {WEIGHTS[1]}{found}")
+        raise FileNotFoundError(f"{folder} holds no weights: neither {WEIGHTS[0]} nor {WEIGHTS[1]}{_instead(folder)}")
+    config = folder / "config.json"
+    if config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
+        raise ValueError(f"{folder} is quantized (quantization_config in config.json): give the unquantized model")
+    return folder
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without safetensors weights holds in their place, and the remedy."""
+    if (folder / "adapter_config.json").is_file():
+        return " (it is a LoRA adapter alone: merge it into its backbone with peft's merge_and_unload and save that)"
+    binary = next(iter(sorted(folder.glob("*.bin"))), None)
+    return f" ({binary.name} is not read: convert it to safetensors)" if binary else ""
+
+
+def check_model_folder(folder: Path) -> Path:
+    """`folder` when it holds a model and its tokenizer. Raises as `check_weights`, and names a missing file."""
+    check_weights(folder)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds weights but no {name}: copy it from the model's origin")

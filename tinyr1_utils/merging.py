@@ -137,8 +137,8 @@ def model_card(stage: Stage) -> str:
     lines += [f"- {name}: {value}" for name, value in fusion_metrics(stage).items()]
     lines += ["", "| input | SHA-256 |", "|---|---|"]
     lines += [f"| {name} | {digest} |" for name, digest in sorted(stage.inputs.items())]
-    command = f"--stage merge --variant {stage.variant}"
-    lines += ["", "To make it again: `python -m tinyr1_utils.stage_runner stage --config <its config> " + command + "`"]
+    again = f"python -m tinyr1_utils.stage_runner stage --config configs/{stage.run_dir.name}.yaml"
+    lines += ["", f"To make it again: `{again} --stage merge --variant {stage.variant}`"]
     return "\n".join(lines) + "\n"
 
 

@@ -20,6 +20,7 @@ import yaml
 
 from tinyr1_utils import checkpoints
 from tinyr1_utils.artifacts import require_space
+from tinyr1_utils.backbones import check_weights
 from tinyr1_utils.checkpoints import FLOATING, Entry, check_alike, module_and_layer
 from tinyr1_utils.config import nearest
 from tinyr1_utils.fusion_kernels import FACTORS, FusionResult, chain, fuse_arrays
@@ -158,9 +159,11 @@ def fuse_recipe(
     models = {str(step["model"]): root / step["model"] for step in recipe.get("models", ())}
     if len(models) < 2:
         raise ValueError("a fusion recipe lists two or more different `models`")
+    backbone = root / recipe["base_model"] if "base_model" in recipe else None
+    for folder in (*models.values(), *([backbone] if backbone else [])):
+        check_weights(folder)
     last = list(models.values())[-1]
     require_space(target.parent, sum(entry.n_bytes for entry in checkpoints.entries(last).values()))
-    backbone = root / recipe["base_model"] if "base_model" in recipe else None
     dtype = recipe.get("dtype", "")
     if dtype and dtype not in FLOATING.values():
         raise ValueError(f"dtype is {dtype!r}, not one of {', '.join(FLOATING.values())}")
