@@ -126,7 +126,7 @@ class Whole:
         self.zeros = int((self.scores == 0).sum())
 
     def order_statistics(self, ranks: Sequence[int]) -> list[float]:
-        """The scores of these ranks, 0 the smallest."""
+        """The scores of three ranks, 0 the smallest."""
         ordered = self.scores.flatten().sort().values
         return [float(ordered[rank]) for rank in ranks]
 

@@ -20,8 +20,9 @@ QUARTILES = (0.25, 0.5, 0.75)
 FACTORS = {"kl_delta": (True, True), "delta": (True, False), "kl": (False, True)}
 # Elements of a block: enough to make the interpreter's share small, few enough to spread a tensor over all threads.
 BLOCK = 1 << 18
-# A score is not negative, so its 16 bits behind the sign (exponent and 5 of the mantissa) order it coarsely.
-BINS, SHIFT = 1 << 16, 47
+# A score is not negative, so its leading bits order it coarsely: sign, exponent and 7 bits of the mantissa, or only 3
+# where a tensor is so small that the histogram would be more work than its elements.
+FINE_SHIFT, COARSE_SHIFT, LARGE = 45, 49, 1 << 21
 # Sums may be taken in any order and products fused; NaN and Inf stay what they are.
 LOOSE = {"reassoc", "contract", "nsz"}
 
@@ -162,7 +163,7 @@ def _rounded(divergence):
 
 
 @njit(nogil=True, cache=True)
-def _measure(base, other, is_bfloat16, by_delta, by_divergence, divergence, counts):
+def _measure(base, other, is_bfloat16, by_delta, by_divergence, divergence, shift, counts):
     """Divergences of a block's rows (NaN where one is not finite) and counts of their scores by leading bits.
 
     Behind the bins, `counts` has how many scores are zero.
@@ -176,23 +177,32 @@ def _measure(base, other, is_bfloat16, by_delta, by_divergence, divergence, coun
         divergence[r] = _rounded(_divergence(delta, weights, total))
         if not math.isfinite(divergence[r]):
             continue
-        counts[BINS] += _scores(delta, divergence[r], by_delta, by_divergence)
+        counts[counts.size - 1] += _scores(delta, divergence[r], by_delta, by_divergence)
         for i in range(columns):
-            counts[bits[i] >> SHIFT] += 1
+            counts[bits[i] >> shift] += 1
 
 
 @njit(nogil=True, cache=True)
-def _collect(base, other, is_bfloat16, by_delta, by_divergence, divergence, wanted, found):
-    """Copy the block's scores that lie in a wanted bin to `found`; returns how many."""
-    columns = base.shape[1]
+def _collect(base, other, is_bfloat16, by_delta, by_divergence, divergence, shift, bins, found):
+    """Copy the block's scores that lie in one of three bins to `found`; returns how many.
+
+    Hits are marked in a loop that the processor runs on several elements at once, and copied where eight hold any.
+    """
+    columns, (first, second, third) = base.shape[1], bins
     floats, wide, delta, n = np.empty(columns, np.float32), np.empty(columns), np.empty(columns), 0
-    bits = delta.view(np.int64)
+    hits = np.zeros((columns + 7) // 8 * 8, np.uint8)
+    eights, bits = hits.view(np.uint64), delta.view(np.int64)
     for r in range(base.shape[0]):
         _load(base[r], other[r], is_bfloat16, floats, wide, delta)
         _scores(delta, divergence[r], by_delta, by_divergence)
         for i in range(columns):
-            found[n] = delta[i]
-            n += wanted[bits[i] >> SHIFT]
+            leading = bits[i] >> shift
+            hits[i] = (leading == first) | (leading == second) | (leading == third)
+        for eight in range(eights.size):
+            if eights[eight]:
+                for i in range(8 * eight, min(8 * eight + 8, columns)):
+                    found[n] = delta[i]
+                    n += hits[i]
     return n
 
 
@@ -237,7 +247,7 @@ class Scored(Protocol):
     zeros: int
 
     def order_statistics(self, ranks: Sequence[int]) -> list[float]:
-        """The scores of these ranks, 0 the smallest."""
+        """The scores of three ranks, 0 the smallest."""
 
     def gate(self, threshold: float, positive_only: bool) -> tuple[Any, int]:
         """The fused matrix and how many of its elements differ from base."""
@@ -257,6 +267,7 @@ class Blocks:
         height = max(1, BLOCK // base.shape[1])
         self.blocks = [slice(start, start + height) for start in range(0, len(base), height)]
         self.threads = min(threads, len(self.blocks))
+        self.shift = FINE_SHIFT if base.size >= LARGE else COARSE_SHIFT
         self.divergence = np.empty(len(base))
         counts = sum(self._each(self._measure))
         self.counts, self.zeros = counts[:-1], int(counts[-1])
@@ -269,29 +280,27 @@ class Blocks:
             return list(pool.map(work, (self.blocks[start :: self.threads] for start in range(self.threads))))
 
     def _measure(self, blocks: Sequence[slice]) -> np.ndarray:
-        counts = np.zeros(BINS + 1, np.int64)
+        counts = np.zeros((1 << 63 - self.shift) + 1, np.int64)
         for rows in blocks:
-            _measure(self.base[rows], self.other[rows], *self.kind, self.divergence[rows], counts)
+            _measure(self.base[rows], self.other[rows], *self.kind, self.divergence[rows], self.shift, counts)
         return counts
 
     def order_statistics(self, ranks: Sequence[int]) -> list[float]:
-        """The scores of these ranks, 0 the smallest: a histogram by leading bits, then a sort within the bins hit."""
+        """The scores of three ranks, 0 the smallest: a histogram by leading bits, then a sort within the bins hit."""
         up_to = np.cumsum(self.counts)
         bins = np.searchsorted(up_to, ranks, side="right")
-        wanted = np.zeros(BINS, np.bool_)
-        wanted[bins] = True
 
         def collect(blocks: Sequence[slice]) -> np.ndarray:
-            largest, parts = max(self.base[rows].size for rows in blocks), []
-            found = np.empty(largest + 1)
+            found, parts = np.empty(max(self.base[rows].size for rows in blocks) + 1), []
             for rows in blocks:
-                n = _collect(self.base[rows], self.other[rows], *self.kind, self.divergence[rows], wanted, found)
+                known = self.base[rows], self.other[rows], *self.kind, self.divergence[rows]
+                n = _collect(*known, self.shift, tuple(bins), found)
                 parts.append(found[:n].copy())
             return np.concatenate(parts)
 
         candidates = np.concatenate(self._each(collect))
-        before = np.cumsum(np.where(wanted, 0, self.counts))
-        places = [rank - before[hit] for rank, hit in zip(ranks, bins, strict=True)]
+        below = {hit: up_to[hit] - sum(self.counts[other] for other in set(bins) if other <= hit) for hit in bins}
+        places = [rank - below[hit] for rank, hit in zip(ranks, bins, strict=True)]
         candidates.partition(places)
         return [float(candidates[place]) for place in places]
 
