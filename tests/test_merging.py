@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -127,6 +128,19 @@ def test_other_recipes_run_and_lie_between_the_branches(run, recipe, monkeypatch
 def test_bad_settings_are_one_sentence(recipe, settings, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         recipes.read_settings(recipe, settings)
+
+
+def test_mergekits_fusion_is_written_in_the_dtype_that_the_recipe_says(run, monkeypatch):
+    """Of itself it returns float32, whatever its `dtype`."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    stage = SimpleNamespace(variant="x", parameters=parameters("mergekit_arcee_fusion", merge_dtype="bfloat16"))
+    first, _ = merging.recipe_steps(stage)
+    monkeypatch.chdir(run)
+    options = MergeOptions(random_seed=0, copy_tokenizer=False, write_model_card=False, quiet=True)
+    run_merge(MergeConfiguration.model_validate(first), "fusion-bfloat16", options)
+    assert {entry.dtype for entry in checkpoints.entries(run / "fusion-bfloat16").values()} == {"BF16"}
 
 
 def test_fusion_copies_selected_elements_only(run):

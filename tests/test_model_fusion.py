@@ -85,6 +85,20 @@ def test_against_the_backbone(models, tmp_path):
         assert torch.equal(tensor, expected)
 
 
+def test_a_backbone_in_bfloat16_serves_branches_in_float32(models, tmp_path):
+    """As in training: the backbone is read in its own dtype, branches are stored in another."""
+    narrow = {name: tensor.bfloat16() for name, tensor in load(models / "backbone").items()}
+    wide = {name: {key: tensor.float() for key, tensor in load(models / name).items()} for name in BRANCHES}
+    for name, tensors in ({"backbone": narrow} | wide).items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    (tmp_path / "merged").mkdir()
+    fuse_models(folders(tmp_path), tmp_path / "merged", backbone=tmp_path / "backbone")
+    for name, tensor in load(tmp_path / "merged").items():
+        expected, _ = fuse_onto(narrow[name].float(), [wide[branch][name] for branch in BRANCHES])
+        assert torch.equal(tensor, expected), name
+
+
 def test_identical_models_give_the_identical_file(models, tmp_path):
     fuse_models(dict.fromkeys(BRANCHES, models / "math"), tmp_path)
     for name, tensor in load(tmp_path).items():

@@ -90,14 +90,17 @@ def _header(file: Path) -> dict[str, Entry]:
     return found
 
 
-def check_alike(stored: Mapping[str, Mapping[str, Entry]]) -> None:
-    """ValueError naming two models and the first tensor in which they differ: missing, of another shape or dtype."""
+def check_alike(stored: Mapping[str, Mapping[str, Entry]], dtypes: bool = True) -> None:
+    """ValueError naming two models and the first tensor in which they differ: missing, of another shape or dtype.
+
+    Dtypes may differ with `dtypes` false.
+    """
     (first, reference), *others = stored.items()
     for name, found in others:
         for tensor in sorted(set(reference) ^ set(found)):
             raise ValueError(f"{first} and {name} differ: only one holds the tensor {tensor}; same backbone?")
         for tensor, entry in reference.items():
-            if (entry.shape, entry.dtype) != (found[tensor].shape, found[tensor].dtype):
+            if entry.shape != found[tensor].shape or (dtypes and entry.dtype != found[tensor].dtype):
                 facts = [f"{e.dtype} {e.shape}" for e in (entry, found[tensor])]
                 raise ValueError(
                     f"{first} and {name} differ in {tensor}: {facts[0]} and {facts[1]}; "

@@ -36,7 +36,10 @@ def recipe_steps(stage: Stage) -> list[dict]:
     settings = recipes.read_settings(parameters.recipe, parameters.settings)
     middle = f"merge/{stage.variant}/step-{{}}"
     found = recipes.steps(parameters.recipe, settings, names(parameters.merge_order), middle)
-    return [{**step, "dtype": parameters.merge_dtype} for step in found]
+    dtype = parameters.merge_dtype
+    # mergekit's arcee_fusion returns float32 whatever `dtype` says, and writes that unless told otherwise
+    written = {"out_dtype": dtype} if parameters.recipe == "mergekit_arcee_fusion" else {}
+    return [{**step, "dtype": dtype, **written} for step in found]
 
 
 def write_recipes(stage: Stage) -> list[Path]:

@@ -49,17 +49,20 @@ def fuse_models(
     """Fuse model folders in their order and write the weights to `target`, an existing empty folder.
 
     Without `backbone` along the chain: {math, science, code} gives code <- (science <- math). With it, every delta is
-    taken to the backbone instead (`fusion.fuse_onto`). `options` are `arcee_fusion`'s, `dtype` the result's (float32 or
-    bfloat16; empty: as stored). Holds one tensor of every model at a time. `threads` (0: OMP_NUM_THREADS, else all
-    cores) change nothing but time. `on_progress(done, total, tensor)` is called after each. Returns a row per tensor
-    and step, keys REPORT.
+    taken to the backbone instead (`fusion.fuse_onto`), which may be stored in another dtype and is cast to theirs.
+    `options` are `arcee_fusion`'s, `dtype` the result's (float32 or bfloat16; empty: as stored). Holds one tensor of
+    every model at a time. `threads` (0: OMP_NUM_THREADS, else all cores) change nothing but time. `on_progress(done,
+    total, tensor)` is called after each. Returns a row per tensor and step, keys REPORT.
 
     Raises ValueError that names models and tensor where they differ in tensors, shapes or dtypes, and the file of a
     tensor that holds NaN or Inf.
     """
-    origin = {"backbone": backbone} if backbone else {}
-    stored = {name: checkpoints.entries(folder) for name, folder in (origin | dict(models)).items()}
+    stored = {name: checkpoints.entries(folder) for name, folder in models.items()}
     check_alike(stored)
+    if backbone:
+        origin = checkpoints.entries(backbone)
+        check_alike({"backbone": origin, **stored}, dtypes=False)
+        stored = {"backbone": origin, **stored}
     last = stored[list(models)[-1]]
     plan = {name: (_result_dtype(entry, dtype), entry.shape) for name, entry in last.items()}
     threads = threads or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
@@ -92,13 +95,14 @@ class Settings:
 
 
 def _one_tensor(name: str, copies: Sequence[Entry], fuse: Callable, settings: Settings) -> tuple[np.ndarray, list]:
-    arrays = [checkpoints.read_array(copy) for copy in copies]
-    if copies[0].dtype not in FLOATING:
+    dtype = copies[-1].dtype
+    arrays = [_cast(checkpoints.read_array(copy), copy.dtype, dtype) for copy in copies]
+    if dtype not in FLOATING:
         if any(not np.array_equal(array, arrays[0]) for array in arrays):
-            raise ValueError(f"the models differ in {name}, which is {copies[0].dtype}: only weights can be fused")
+            raise ValueError(f"the models differ in {name}, which is {dtype}: only weights can be fused")
         return arrays[-1], []
     try:
-        return fuse(arrays, copies[0].dtype, settings)
+        return fuse(arrays, dtype, settings)
     except ValueError as error:
         for copy in copies:
             if not bool(checkpoints.read(copy).isfinite().all()):
