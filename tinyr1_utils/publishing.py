@@ -5,6 +5,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -13,6 +14,8 @@ from tinyr1_utils.artifacts import EXECUTED, MANIFEST, completed
 from tinyr1_utils.config import RunConfig, project_root
 
 LARGEST_NOTEBOOK_BYTES = 1_000_000
+# A sweep has many variants that differ in one number: of each stage these many notebooks are shown, the first by name.
+NOTEBOOKS_PER_STAGE = 12
 
 
 def publish(config: RunConfig) -> Path:
@@ -28,10 +31,13 @@ def publish(config: RunConfig) -> Path:
         raise FileNotFoundError(f"run {config.name} is not finished: no {analysis}; `make run` first")
     target = project_root() / "papermill_runs" / "published" / config.name
     shutil.rmtree(target, ignore_errors=True)
-    for name in manifests:
+    shown: Counter[str] = Counter()
+    for name in sorted(manifests):
         (target / name).mkdir(parents=True)
         shutil.copyfile(run_dir / name / MANIFEST, target / name / MANIFEST)
-        if _all_generated(manifests):
+        stage = name.partition("/")[0]
+        shown[stage] += 1
+        if _all_generated(manifests) and shown[stage] <= NOTEBOOKS_PER_STAGE:
             _publish_notebook(run_dir / name / EXECUTED, target / name / EXECUTED)
     for kind, pattern in (("figures", "*.csv"), ("tables", "*.md")):
         folder = target / ("analysis" if kind == "figures" else kind)
