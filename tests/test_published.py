@@ -32,7 +32,7 @@ def test_every_line_with_an_error_or_an_interval_in_the_readme_is_a_published_on
     """Whole tables or some of their lines: a number with its uncertainty is copied, never typed."""
     published = {line for path in PUBLISHED.glob("*/tables/*.md") for line in path.read_text().splitlines()}
     quoted = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if re.match(r"\|.*(±|\[[+-])", line)]
-    assert len(quoted) > 20
+    assert len(quoted) >= 20
     assert [line for line in quoted if line not in published] == []
 
 
