@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from tinyr1_utils import looks
 from tinyr1_utils.plotting import PANEL_IN, ROW_IN, TEXT_WIDTH_IN, marker_size, note, styled
 
+WIDEST_LOSS = -15.0  # points; a merge that fell further is named at the edge, so that the others can be told apart
+
 
 @styled
 def delta_cosines(frame: pd.DataFrame) -> Figure:
@@ -127,10 +129,12 @@ def merge_choices(frame: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(figsize=(TEXT_WIDTH_IN, ROW_IN * len(shown) + PANEL_IN))
     axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
     for y, row in enumerate(shown.itertuples()):
-        look = looks.look(row.model)
-        bounds = [100 * row.difference_low, 100 * row.difference_high]
-        axes.plot(bounds, [y, y], color=look.colour, solid_capstyle="butt")
-        axes.plot(100 * row.difference, y, look.marker, color=look.colour, markersize=marker_size(look))
+        look, difference = looks.look(row.model), 100 * row.difference
+        if difference < WIDEST_LOSS:
+            axes.text(WIDEST_LOSS, y, f"← {difference:.0f}", va="center", fontsize=6, color=look.colour)
+            continue
+        axes.plot([100 * row.difference_low, 100 * row.difference_high], [y, y], color=look.colour)
+        axes.plot(difference, y, look.marker, color=look.colour, markersize=marker_size(look))
     axes.set_yticks(range(len(shown)), [looks.look(model).label for model in shown["model"]])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
