@@ -88,7 +88,7 @@ def kept_overlap(frame: pd.DataFrame) -> Figure:
         axes.axvline(frame.loc[frame["delta_scale"] == 1, "relative_delta"].mean(), color="0.4", linestyle=":")
         axes.set(xscale="log", xlabel="size of the delta, relative to the base's norm")
     left.set(title="agreement with exact arithmetic", ylabel="IoU of kept elements", ylim=(-0.02, 1.02))
-    right.set(title="how many are kept", ylabel="kept elements (%)", ylim=(-2, 102))
+    right.set(title="how many are kept", ylabel="kept elements (%)", ylim=(0, None))
     _legend(figure, series)
     plt.close(figure)
     return figure
