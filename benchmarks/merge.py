@@ -6,7 +6,7 @@ Makes three synthetic Qwen2-shaped checkpoints in bfloat16 per size (seeded; 24 
 151,936 at 0.5B), then times whole processes, one after another, each twice: wall time, peak memory of the process, and
 whether both left the same file. `floor` reads the three inputs and writes one by plain file copies. IoU (0.5B only)
 compares the elements that the whole chain takes over into code with a plain float64 reference, in tensors of at most 5
-million elements. Writes benchmarks/merge.csv and .png.
+million elements. Writes benchmarks/merge.csv, in place of the old rows of these sizes, and .png.
 """
 
 import argparse
@@ -206,6 +206,9 @@ def main() -> None:
             rows += measure(size, Path(folder))
     frame = pd.DataFrame(rows).assign(cores=os.cpu_count(), processor=processor())
     frame = frame.round({"seconds_1": 3, "seconds_2": 3, "peak_gib": 3, "iou": 5})
+    if RESULTS.is_file():  # sizes that were not measured now keep their rows
+        old = pd.read_csv(RESULTS)
+        frame = pd.concat([old[~old["size"].isin(arguments.sizes)], frame]).sort_values("parameters", kind="stable")
     frame.to_csv(RESULTS, index=False)
     draw(frame)
     print(frame.to_string(index=False))
