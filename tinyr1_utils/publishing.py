@@ -43,7 +43,8 @@ def publish(config: RunConfig) -> Path:
         folder = target / ("analysis" if kind == "figures" else kind)
         folder.mkdir(exist_ok=True)
         for path in sorted((run_dir / analysis / kind).glob(pattern)):
-            shutil.copyfile(path, folder / path.name)
+            if kind == "tables" or len(path.read_text(encoding="utf-8").splitlines()) > 1:  # else: nothing to draw
+                shutil.copyfile(path, folder / path.name)
     return target
 
 
