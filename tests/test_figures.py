@@ -11,6 +11,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tinyr1_utils import analysis, figures, merge_analysis, plotting, reported, tables
 
 
+def two_fusions(choices):
+    """The linear merge passed off as a second fusion: one alone is not drawn."""
+    return choices.assign(series=choices["series"].where(choices["model"] != "merge/linear", "delta"))
+
+
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory):
     run = fake_run.build(tmp_path_factory.mktemp("runs") / "fake")
@@ -22,7 +27,7 @@ def frames(tmp_path_factory):
         "token_lengths": reported.beside(analysis.token_frame(run), reported.token_rows()),
         "stress_drops": reported.beside(analysis.stress_frame(run), reported.stress_rows()),
         "merge_choices": merge_analysis.choice_frame(run),
-        "accuracy_by_kept_fraction": merge_analysis.choice_frame(run),
+        "accuracy_by_kept_fraction": merge_analysis.kept_fraction_frame(two_fusions(merge_analysis.choice_frame(run))),
         "kept_by_layer": merge_analysis.reference_kept(run),
         "delta_cosines": merge_analysis.reference_deltas(run),
         "kept_overlap": merge_analysis.overlap_frame(run, (0.1, 1.0)),

@@ -79,7 +79,10 @@ def test_series_of_fusions_that_differ_only_in_what_they_keep(tmp_path):
     for variant, (recipe, changes, _) in variants.items():
         merged(tmp_path, variant, recipe, **changes)
         evaluate(tmp_path, variant, {"micro-math": [True, False]})
-    found = merge_analysis.choice_frame(tmp_path).set_index("model")["series"]
+    choices = merge_analysis.choice_frame(tmp_path)
+    found = choices.set_index("model")["series"]
+    assert len(merge_analysis.kept_fraction_frame(choices)) == 5, "those with a series"
+    assert merge_analysis.kept_fraction_frame(choices.head(1)).empty, "one alone is nothing to compare"
     assert found.to_dict() == {f"merge/{variant}": series for variant, (_, _, series) in variants.items()}
 
 

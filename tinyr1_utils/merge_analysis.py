@@ -103,6 +103,16 @@ def _differences(run_dir: Path, confidence: float) -> dict[str, dict]:
     return found
 
 
+def kept_fraction_frame(choices: pd.DataFrame) -> pd.DataFrame:
+    """The fusions of `choice_frame` that have a series, by what they keep, and backbone and mixture beside them.
+
+    Empty where fewer than two fusions are there to compare.
+    """
+    fusions = choices[choices["series"] != ""].sort_values("kept_fraction", kind="stable")
+    references = choices[choices["kind"].isin(["backbone", "mixture"])]
+    return pd.concat([fusions, references]) if len(fusions) > 1 else choices.head(0)
+
+
 def selected_frame(choices: pd.DataFrame) -> pd.DataFrame:
     """For each recipe the setting with the highest validation mean, and what it scores on the test; columns SELECTED.
 

@@ -98,19 +98,18 @@ def kept_overlap(frame: pd.DataFrame) -> Figure:
 def accuracy_by_kept_fraction(frame: pd.DataFrame) -> Figure:
     """Mean pass@1 against the share of elements that the last step keeps, a line per importance.
 
-    Frame: `merge_analysis.choice_frame`; only its rows with a `series` are drawn, and backbone and mixture as lines.
+    Dashed: backbone and mixture. Frame: `merge_analysis.kept_fraction_frame`.
     """
-    fusions = frame[frame["series"] != ""].sort_values("kept_fraction", kind="stable")
-    if fusions.empty:
-        return note("accuracy against kept fraction: no fusion is evaluated")
+    if frame.empty:
+        return note("accuracy against kept fraction: this run has no two fusions to compare")
+    fusions = frame[frame["series"] != ""]
     figure, axes = plt.subplots(figsize=(TEXT_WIDTH_IN, 3.2))
     fusions = fusions.assign(kept=100 * fusions["kept_fraction"], accuracy=100 * fusions["pass_at_1"])
     for name, part in fusions.groupby("series", sort=False):
         bars = (part["accuracy"] - 100 * part["low"], 100 * part["high"] - part["accuracy"])
         axes.errorbar(part["kept"], part["accuracy"], yerr=bars, fmt="none", color=looks.look(name).colour, alpha=0.5)
         _series(axes, part, "kept", "accuracy", name)
-    references = frame[frame["kind"].isin(["backbone", "mixture"])]
-    for row in references.itertuples():
+    for row in frame[frame["series"] == ""].itertuples():
         look = looks.look(row.model)
         axes.axhline(100 * row.pass_at_1, color=look.colour, linestyle="--", linewidth=0.8)
         axes.annotate(look.label, (1, 100 * row.pass_at_1), xycoords=("axes fraction", "data"), ha="right", va="bottom")
