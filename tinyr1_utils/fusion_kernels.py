@@ -208,17 +208,22 @@ def _collect(base, other, is_bfloat16, by_delta, by_divergence, divergence, shif
 
 @njit(nogil=True, cache=True)
 def _gate(base, other, is_bfloat16, by_delta, by_divergence, divergence, threshold, positive_only, merged):
-    """The block's elements that pass, from `other`, the rest from `base`; returns how many of them differ from base."""
+    """The block's elements that pass, from `other`, the rest from `base`; returns how many of them differ from base.
+
+    `merged` may be `other` itself: rows are put together apart from it.
+    """
     columns = base.shape[1]
     floats, wide, delta, kept = np.empty(columns, np.float32), np.empty(columns), np.empty(columns), 0
+    row = np.empty(columns, base.dtype)
     lowest = max(threshold, 5e-324) if positive_only else threshold  # the smallest positive number
     for r in range(base.shape[0]):
         _load(base[r], other[r], is_bfloat16, floats, wide, delta)
         _scores(delta, divergence[r], by_delta, by_divergence)
         for i in range(columns):
             passes = delta[i] >= lowest
-            merged[r, i] = other[r, i] if passes else base[r, i]
+            row[i] = other[r, i] if passes else base[r, i]
             kept += passes and base[r, i] != other[r, i]
+        merged[r] = row
     return kept
 
 
@@ -258,11 +263,20 @@ class Blocks:
 
     `divergence` is each row's KL(softmax(other) || softmax(base)), float64, NaN where a row is not finite; `zeros`
     counts the scores that are zero. A score is |delta| and the divergence multiplied, or one of them where the other
-    is switched off (the divergence then counts where an element changed).
+    is switched off (the divergence then counts where an element changed). `out` takes the fused matrix; it may be
+    `other`.
     """
 
-    def __init__(self, base: np.ndarray, other: np.ndarray, by_delta: bool, by_divergence: bool, threads: int = 1):
-        self.dtype, self.base, self.other = base.dtype, _computable(base), _computable(other)
+    def __init__(
+        self,
+        base: np.ndarray,
+        other: np.ndarray,
+        by_delta: bool,
+        by_divergence: bool,
+        threads: int = 1,
+        out: np.ndarray | None = None,
+    ):
+        self.dtype, self.base, self.other, self.out = base.dtype, _computable(base), _computable(other), out
         self.kind = (base.dtype == np.uint16, by_delta, by_divergence)
         height = max(1, BLOCK // base.shape[1])
         self.blocks = [slice(start, start + height) for start in range(0, len(base), height)]
@@ -306,7 +320,7 @@ class Blocks:
 
     def gate(self, threshold: float, positive_only: bool) -> tuple[np.ndarray, int]:
         """The fused matrix, in the inputs' dtype, and how many of its elements differ from base."""
-        merged = np.empty_like(self.base)
+        merged = np.empty_like(self.base) if self.out is None else self.out
 
         def choose(blocks: Sequence[slice]) -> int:
             return sum(
@@ -352,14 +366,24 @@ def gated(scored: Scored, n_elements: int, fence: float) -> FusionResult:
 
 
 def fuse_arrays(
-    base: np.ndarray, other: np.ndarray, *, importance: str = "kl_delta", fence: float = 1.5, threads: int = 1
+    base: np.ndarray,
+    other: np.ndarray,
+    *,
+    importance: str = "kl_delta",
+    fence: float = 1.5,
+    threads: int = 1,
+    overwrite_other: bool = False,
 ) -> FusionResult:
-    """`fusion.arcee_fusion` in exact arithmetic on arrays of one shape and dtype, for the importances of FACTORS."""
+    """`fusion.arcee_fusion` in exact arithmetic on arrays of one shape and dtype, for the importances of FACTORS.
+
+    With `overwrite_other` the result may be written over `other`: large new memory costs as much time as a pass.
+    """
     if not base.size:
         return FusionResult(base.copy(), 0.0, (0.0, 0.0, 0.0), 0.0, 0, True)
     columns = base.shape[-1] if base.ndim > 1 else base.size
-    scored = Blocks(base.reshape(-1, columns), other.reshape(-1, columns), *FACTORS[importance], threads)
-    result = gated(scored, base.size, fence)
+    a, b = base.reshape(-1, columns), other.reshape(-1, columns)
+    out = b if overwrite_other and b.dtype != np.float16 else None  # float16 is computed on a copy
+    result = gated(Blocks(a, b, *FACTORS[importance], threads, out), base.size, fence)
     return replace(result, merged=result.merged.reshape(base.shape))
 
 

@@ -1,6 +1,6 @@
 """Owns Arcee Fusion of whole models: tensor after tensor through the whole chain, each file read and written once.
 
-No middle model is written, and memory is bounded by the largest tensor. The arithmetic is `fusion`'s.
+No middle model is written, and memory is bounded by the largest tensors. The arithmetic is `fusion`'s.
 
 python -m tinyr1_utils.model_fusion recipe.yaml merged     # a recipe whose merge_method is arcee_fusion_exact
 """
@@ -51,8 +51,9 @@ def fuse_models(
     Without `backbone` along the chain: {math, science, code} gives code <- (science <- math). With it, every delta is
     taken to the backbone instead (`fusion.fuse_onto`), which may be stored in another dtype and is cast to theirs.
     `options` are `arcee_fusion`'s, `dtype` the result's (float32 or bfloat16; empty: as stored). Holds one tensor of
-    every model at a time. `threads` (0: OMP_NUM_THREADS, else all cores) change nothing but time. `on_progress(done,
-    total, tensor)` is called after each. Returns a row per tensor and step, keys REPORT.
+    every model at a time, and the next one, which is read meanwhile. `threads` (0: OMP_NUM_THREADS, else all cores)
+    change nothing but time. `on_progress(done, total, tensor)` is called after each. Returns a row per tensor and step,
+    keys REPORT.
 
     Raises ValueError that names models and tensor where they differ in tensors, shapes or dtypes, and the file of a
     tensor that holds NaN or Inf.
@@ -70,11 +71,12 @@ def fuse_models(
     fuse = _fuse_arrays if exact and device == "cpu" and not backbone else _fuse_tensors
     settings = Settings(options, bool(backbone), device, threads)
     rows: list[dict] = []
+    groups = [[model[name] for model in stored.values()] for name in plan]
 
     def fused() -> Iterator[np.ndarray]:
-        for done, name in enumerate(plan, start=1):
-            copies = [model[name] for model in stored.values()]
-            merged, steps = _one_tensor(name, copies, fuse, settings)
+        arrays = checkpoints.read_ahead(groups)
+        for done, (name, copies) in enumerate(zip(plan, groups, strict=True), start=1):
+            merged, steps = _one_tensor(name, copies, next(arrays), fuse, settings)
             rows.extend(_report_rows(name, steps, merged.size))
             if on_progress:
                 on_progress(done, len(plan), name)
@@ -94,9 +96,11 @@ class Settings:
     threads: int
 
 
-def _one_tensor(name: str, copies: Sequence[Entry], fuse: Callable, settings: Settings) -> tuple[np.ndarray, list]:
+def _one_tensor(
+    name: str, copies: Sequence[Entry], arrays: list[np.ndarray], fuse: Callable, settings: Settings
+) -> tuple[np.ndarray, list[FusionResult]]:
     dtype = copies[-1].dtype
-    arrays = [_cast(checkpoints.read_array(copy), copy.dtype, dtype) for copy in copies]
+    arrays = [_cast(array, copy.dtype, dtype) for array, copy in zip(arrays, copies, strict=True)]
     if dtype not in FLOATING:
         if any(not np.array_equal(array, arrays[0]) for array in arrays):
             raise ValueError(f"the models differ in {name}, which is {dtype}: only weights can be fused")
@@ -113,7 +117,8 @@ def _one_tensor(name: str, copies: Sequence[Entry], fuse: Callable, settings: Se
 def _fuse_arrays(arrays: list[np.ndarray], dtype: str, settings: Settings) -> tuple[np.ndarray, list[FusionResult]]:
     """The exact chain on the CPU, without torch."""
     importance, fence = (settings.options.get(name, default) for name, default in DEFAULTS.items())
-    return chain(arrays, partial(fuse_arrays, importance=importance, fence=fence, threads=settings.threads))
+    options = {"importance": importance, "fence": fence, "threads": settings.threads}
+    return chain(arrays, partial(fuse_arrays, overwrite_other=True, **options))
 
 
 def _fuse_tensors(arrays: list[np.ndarray], dtype: str, settings: Settings) -> tuple[np.ndarray, list[FusionResult]]:
