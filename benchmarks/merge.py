@@ -95,17 +95,26 @@ def mergekit_commands(root: Path, target: Path, dtype: str) -> list[list[str]]:
     return commands
 
 
+# A child's peak memory starts with what its parent holds when it forks, so a small process runs each command.
+RUNNER = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(done.returncode)
+"""
+
+
 def timed(commands: list[list[str]]) -> tuple[float, float]:
     """Wall seconds of the commands in turn, and the highest peak memory of one of them in GiB."""
     seconds, peak = 0.0, 0.0
     for command in commands:
         started = time.monotonic()
-        process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
+        run = [sys.executable, "-c", RUNNER, *command]
+        done = subprocess.run(run, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, text=True)
         seconds += time.monotonic() - started
-        peak = max(peak, usage.ru_maxrss / (1 << 20))  # Linux counts kilobytes
-        if status:
-            raise SystemExit(f"{' '.join(command)} ended with status {status}")
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}")
+        peak = max(peak, int(done.stdout) / (1 << 20))  # Linux counts kilobytes
     return seconds, peak
 
 

@@ -1,14 +1,13 @@
 """Reading and writing safetensors folders: against the safetensors library, and every kind of damage."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyr1_utils.checkpoints import INDEX, SINGLE, as_array, as_tensor, entries, read, read_ahead, write
+from tinyr1_utils.checkpoints import INDEX, SINGLE, as_array, entries, read, write
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -51,20 +50,6 @@ def test_a_read_tensor_is_a_copy(tmp_path):
     save_file(tensors(), tmp_path / SINGLE)
     read(entries(tmp_path)["a"]).zero_()
     assert torch.equal(read(entries(tmp_path)["a"]), tensors()["a"])
-
-
-def test_groups_are_read_ahead_in_their_order_and_an_error_comes_with_its_group(tmp_path):
-    save_file(tensors(), tmp_path / SINGLE)
-    stored = entries(tmp_path)
-    groups = [[entry] for entry in stored.values()]
-    for (name, entry), (array,) in zip(stored.items(), read_ahead(groups), strict=True):
-        assert torch.equal(as_tensor(array, entry.dtype), tensors()[name]), name
-    cut = replace(groups[0][0], start=(tmp_path / SINGLE).stat().st_size - 1)
-    arrays = read_ahead([groups[0], [cut]])
-    next(arrays)
-    with pytest.raises(ValueError, match="became shorter while it was read"):
-        next(arrays)
-    assert list(read_ahead([])) == []
 
 
 def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path):

@@ -5,8 +5,9 @@ Knows no merging. Format: https://github.com/huggingface/safetensors.
 """
 
 import json
+import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -118,24 +119,21 @@ def module_and_layer(tensor: str) -> tuple[str, int]:
 
 
 def read_array(entry: Entry) -> np.ndarray:
-    """The tensor as an array of its own; bfloat16 comes as uint16. ValueError where the file has become shorter."""
-    data = np.fromfile(entry.file, np.uint8, entry.n_bytes, offset=entry.start)
-    if data.size < entry.n_bytes:
-        raise ValueError(f"{entry.file} became shorter while it was read; copy it again")
+    """The tensor as a private map of its part of the file: pages are read when touched and go with the array.
+
+    Writing to it changes neither the file nor another read. bfloat16 comes as uint16.
+    """
+    if not entry.n_bytes:
+        return np.empty(entry.shape, DTYPES[entry.dtype])
+    data = np.memmap(entry.file, np.uint8, "c", entry.start, (entry.n_bytes,))
     return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
-def read_ahead(groups: Iterable[Sequence[Entry]]) -> Iterator[list[np.ndarray]]:
-    """The arrays of each group in turn; while the caller works on one group, the next one is read."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = None
-        for group in groups:
-            reading = reader.submit(lambda group: [read_array(entry) for entry in group], group)
-            if coming:
-                yield coming.result()
-            coming = reading
-        if coming:
-            yield coming.result()
+def expect(coming: Iterable[Entry]) -> None:
+    """Have the system read these tensors from the disk while the caller still works on others."""
+    for entry in coming:
+        with open(entry.file, "rb") as stream:
+            os.posix_fadvise(stream.fileno(), entry.start, entry.n_bytes, os.POSIX_FADV_WILLNEED)
 
 
 def read(entry: Entry) -> "Tensor":

@@ -372,18 +372,19 @@ def fuse_arrays(
     importance: str = "kl_delta",
     fence: float = 1.5,
     threads: int = 1,
-    overwrite_other: bool = False,
+    out: np.ndarray | None = None,
 ) -> FusionResult:
     """`fusion.arcee_fusion` in exact arithmetic on arrays of one shape and dtype, for the importances of FACTORS.
 
-    With `overwrite_other` the result may be written over `other`: large new memory costs as much time as a pass.
+    `out` takes the result where it is given, of the same shape and dtype (float16 comes in memory of its own all the
+    same); it may be `other`. Large new memory, which the system has to clear, costs as much time as a pass.
     """
     if not base.size:
         return FusionResult(base.copy(), 0.0, (0.0, 0.0, 0.0), 0.0, 0, True)
-    columns = base.shape[-1] if base.ndim > 1 else base.size
-    a, b = base.reshape(-1, columns), other.reshape(-1, columns)
-    out = b if overwrite_other and b.dtype != np.float16 else None  # float16 is computed on a copy
-    result = gated(Blocks(a, b, *FACTORS[importance], threads, out), base.size, fence)
+    shape = (-1, base.shape[-1] if base.ndim > 1 else base.size)
+    target = None if out is None or base.dtype == np.float16 else out.reshape(shape)
+    scored = Blocks(base.reshape(shape), other.reshape(shape), *FACTORS[importance], threads, target)
+    result = gated(scored, base.size, fence)
     return replace(result, merged=result.merged.reshape(base.shape))
 
 

@@ -7,6 +7,7 @@ python -m tinyr1_utils.model_fusion recipe.yaml merged     # a recipe whose merg
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -51,7 +52,7 @@ def fuse_models(
     Without `backbone` along the chain: {math, science, code} gives code <- (science <- math). With it, every delta is
     taken to the backbone instead (`fusion.fuse_onto`), which may be stored in another dtype and is cast to theirs.
     `options` are `arcee_fusion`'s, `dtype` the result's (float32 or bfloat16; empty: as stored). Holds one tensor of
-    every model at a time, and the next one, which is read meanwhile. `threads` (0: OMP_NUM_THREADS, else all cores)
+    every model at a time. `threads` (0: OMP_NUM_THREADS, else all cores)
     change nothing but time. `on_progress(done, total, tensor)` is called after each. Returns a row per tensor and step,
     keys REPORT.
 
@@ -71,12 +72,14 @@ def fuse_models(
     fuse = _fuse_arrays if exact and device == "cpu" and not backbone else _fuse_tensors
     settings = Settings(options, bool(backbone), device, threads)
     rows: list[dict] = []
-    groups = [[model[name] for model in stored.values()] for name in plan]
+    # One takes a fused tensor while the other one is still being written.
+    memory = itertools.cycle(np.empty(max(entry.n_bytes for entry in last.values()), np.uint8) for _ in range(2))
 
     def fused() -> Iterator[np.ndarray]:
-        arrays = checkpoints.read_ahead(groups)
+        groups = [[model[name] for model in stored.values()] for name in plan]
         for done, (name, copies) in enumerate(zip(plan, groups, strict=True), start=1):
-            merged, steps = _one_tensor(name, copies, next(arrays), fuse, settings)
+            checkpoints.expect(itertools.chain(*groups[done : done + 1]))
+            merged, steps = _one_tensor(name, copies, next(memory), fuse, settings)
             rows.extend(_report_rows(name, steps, merged.size))
             if on_progress:
                 on_progress(done, len(plan), name)
@@ -97,16 +100,16 @@ class Settings:
 
 
 def _one_tensor(
-    name: str, copies: Sequence[Entry], arrays: list[np.ndarray], fuse: Callable, settings: Settings
+    name: str, copies: Sequence[Entry], memory: np.ndarray, fuse: Callable, settings: Settings
 ) -> tuple[np.ndarray, list[FusionResult]]:
     dtype = copies[-1].dtype
-    arrays = [_cast(array, copy.dtype, dtype) for array, copy in zip(arrays, copies, strict=True)]
+    arrays = [_cast(checkpoints.read_array(copy), copy.dtype, dtype) for copy in copies]
     if dtype not in FLOATING:
         if any(not np.array_equal(array, arrays[0]) for array in arrays):
             raise ValueError(f"the models differ in {name}, which is {dtype}: only weights can be fused")
         return arrays[-1], []
     try:
-        return fuse(arrays, dtype, settings)
+        return fuse(arrays, dtype, memory, settings)
     except ValueError as error:
         for copy in copies:
             if not bool(checkpoints.read(copy).isfinite().all()):
@@ -114,14 +117,19 @@ def _one_tensor(
         raise ValueError(f"tensor {name}: {error}") from None
 
 
-def _fuse_arrays(arrays: list[np.ndarray], dtype: str, settings: Settings) -> tuple[np.ndarray, list[FusionResult]]:
-    """The exact chain on the CPU, without torch."""
+def _fuse_arrays(
+    arrays: list[np.ndarray], dtype: str, memory: np.ndarray, settings: Settings
+) -> tuple[np.ndarray, list[FusionResult]]:
+    """The exact chain on the CPU, without torch; each step writes its result to `memory`, over the last one's."""
     importance, fence = (settings.options.get(name, default) for name, default in DEFAULTS.items())
-    options = {"importance": importance, "fence": fence, "threads": settings.threads}
-    return chain(arrays, partial(fuse_arrays, overwrite_other=True, **options))
+    out = memory[: arrays[0].nbytes].view(arrays[0].dtype).reshape(arrays[0].shape)
+    options = {"importance": importance, "fence": fence, "threads": settings.threads, "out": out}
+    return chain(arrays, partial(fuse_arrays, **options))
 
 
-def _fuse_tensors(arrays: list[np.ndarray], dtype: str, settings: Settings) -> tuple[np.ndarray, list[FusionResult]]:
+def _fuse_tensors(
+    arrays: list[np.ndarray], dtype: str, memory: np.ndarray, settings: Settings
+) -> tuple[np.ndarray, list[FusionResult]]:
     """Everything else: ablations, mergekit's arithmetic, deltas to the backbone, GPUs."""
     import torch
 
