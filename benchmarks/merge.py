@@ -6,7 +6,8 @@ Makes three synthetic Qwen2-shaped checkpoints in bfloat16 per size (seeded; 24 
 151,936 at 0.5B), then times whole processes, one after another, each twice: wall time, peak memory of the process, and
 whether both left the same file. `floor` reads the three inputs and writes one by plain file copies. IoU (0.5B only)
 compares the elements that the whole chain takes over into code with a plain float64 reference, in tensors of at most 5
-million elements. Writes benchmarks/merge.csv, in place of the old rows of these sizes, and .png.
+million elements. Writes benchmarks/merge.csv, in place of the old rows of these sizes, and .png; with --profile only
+where our own time goes, to merge_profile.csv.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -29,8 +31,11 @@ from make_run import processor
 from tinyr1_utils import checkpoints
 from tinyr1_utils.artifacts import sha256_file
 from tinyr1_utils.fusion import QUARTILES, Whole
+from tinyr1_utils.fusion_kernels import Blocks
+from tinyr1_utils.model_fusion import fuse_models
 
 RESULTS = Path(__file__).with_name("merge.csv")
+PROFILE = Path(__file__).with_name("merge_profile.csv")
 BRANCHES = ("math", "science", "code")
 RELATIVE_DELTA = 5e-3
 # Parameters (billions) -> hidden size, layers, width of the MLP.
@@ -158,6 +163,43 @@ def iou(root: Path, target: Path, reference: dict[str, torch.Tensor]) -> float:
     return both / either
 
 
+def profile(size: str, root: Path) -> pd.DataFrame:
+    """Where our wall time goes: start-up of the program, then seconds inside each pass, and the rest; second run.
+
+    Passes work on all cores; writing goes on beside them and takes their time.
+    """
+    seconds: Counter[str] = Counter()
+
+    def clocked(function, name):
+        def run(*arguments, **options):
+            started = time.monotonic()
+            try:
+                return function(*arguments, **options)
+            finally:
+                seconds[name] += time.monotonic() - started
+
+        return run
+
+    passes = {"__init__": "divergences, histogram", "order_statistics": "order statistics", "gate": "gate"}
+    plain = {method: getattr(Blocks, method) for method in passes}
+    for _ in range(2):
+        seconds.clear()
+        target = root / "profiled"
+        target.mkdir()
+        clocked(lambda: subprocess.run([sys.executable, "-m", "tinyr1_utils.model_fusion", "--help"],
+                                       stdout=subprocess.DEVNULL, check=True), "start-up")()  # fmt: skip
+        for method, name in passes.items():
+            setattr(Blocks, method, clocked(plain[method], name))
+        clocked(fuse_models, "all of it")({branch: root / branch for branch in BRANCHES}, target)
+        for method, function in plain.items():
+            setattr(Blocks, method, function)
+        shutil.rmtree(target)
+    seconds["opening, writing, the rest"] = 2 * seconds["all of it"] - sum(seconds.values()) + seconds["start-up"]
+    del seconds["all of it"]
+    return pd.DataFrame([(size, name, round(value, 3)) for name, value in seconds.items()],
+                        columns=["size", "phase", "seconds"])  # fmt: skip
+
+
 def measure(size: str, root: Path) -> list[dict]:
     """Every contestant twice on one size, in turn; a row each."""
     parameters = make_models(root, size)
@@ -207,8 +249,18 @@ def draw(frame: pd.DataFrame) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--profile", action="store_true", help="only where our time goes, to merge_profile.csv")
     parser.add_argument("--folder", help="where the models are made (10 GiB for 1.5B and more while merging)")
     arguments = parser.parse_args()
+    if arguments.profile:
+        frames = []
+        for size in arguments.sizes:
+            with tempfile.TemporaryDirectory(prefix="merge-", dir=arguments.folder) as folder:
+                make_models(Path(folder), size)
+                frames.append(profile(size, Path(folder)))
+        pd.concat(frames).to_csv(PROFILE, index=False)
+        print(pd.concat(frames).to_string(index=False))
+        return
     rows = []
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory(prefix="merge-", dir=arguments.folder) as folder:
