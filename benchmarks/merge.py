@@ -27,6 +27,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from make_run import processor
+from matplotlib.ticker import NullFormatter
 
 from tinyr1_utils import checkpoints
 from tinyr1_utils.artifacts import sha256_file
@@ -235,15 +236,23 @@ def measure(size: str, root: Path) -> list[dict]:
 
 
 def draw(frame: pd.DataFrame) -> None:
-    """Seconds and peak memory against parameters, a line per contestant; both axes logarithmic."""
+    """Seconds (logarithmic) and peak memory against parameters, a line per contestant."""
     shown = frame.assign(seconds=frame[["seconds_1", "seconds_2"]].mean(axis=1), billions=frame["parameters"] / 1e9)
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.8), layout="constrained")
+    sizes = shown.groupby("size")["billions"].first()
+    figure, axes = plt.subplots(1, 2, figsize=(7.0, 3.0), layout="constrained")
     for axis, column, label in ((axes[0], "seconds", "wall time (s)"), (axes[1], "peak_gib", "peak memory (GiB)")):
-        part = shown.dropna(subset=column)
-        sns.lineplot(part, x="billions", y=column, hue="what", style="what", markers=True, dashes=False, ax=axis)
-        axis.set(xscale="log", yscale="log", xlabel="parameters (billions)", ylabel=label)
-        axis.legend(fontsize=6, title=None)
-    figure.savefig(RESULTS.with_suffix(".png"), dpi=200)
+        sns.lineplot(
+            shown, x="billions", y=column, hue="what", style="what", markers=True, dashes=False, errorbar=None, ax=axis
+        )
+        axis.set(xscale="log", xlabel="parameters", ylabel=label)
+        axis.set_xticks(sizes, sizes.index)
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        handles, labels = axis.get_legend_handles_labels()
+        axis.get_legend().remove()
+    axes[0].set_yscale("log")
+    axes[1].set_ylim(0, None)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=200, metadata={"Software": None})
 
 
 def main() -> None:
