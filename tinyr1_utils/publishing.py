@@ -30,7 +30,8 @@ def publish(config: RunConfig) -> Path:
     if analysis not in manifests:
         raise FileNotFoundError(f"run {config.name} is not finished: no {analysis}; `make run` first")
     target = project_root() / "papermill_runs" / "published" / config.name
-    shutil.rmtree(target, ignore_errors=True)
+    for old in (target, project_root() / "figures" / config.name):  # figures/ is drawn again from what is published
+        shutil.rmtree(old, ignore_errors=True)
     shown: Counter[str] = Counter()
     for name in sorted(manifests):
         (target / name).mkdir(parents=True)
