@@ -1,0 +1,74 @@
+"""What of a finished run is published: manifests, tables, frames with rows, a bounded number of notebooks."""
+
+import json
+
+import fake_run
+import nbformat
+import pytest
+from conftest import REPOSITORY
+
+from tinyr1_utils import publishing
+from tinyr1_utils.config import load_config
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A finished run of the micro config in a project of its own; one figure has data, one has none."""
+    for name in ("notebooks", "configs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "configs" / "micro.yaml").write_text((REPOSITORY / "configs" / "micro.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    folder = fake_run.build(tmp_path / "papermill_runs" / "micro")
+    report = folder / "analysis" / "report"
+    for kind, file, text in (
+        ("figures", "drawn.csv", "a\n1\n"),
+        ("figures", "empty.csv", "a\n"),
+        ("tables", "main.md", "|"),
+    ):
+        (report / kind).mkdir(parents=True, exist_ok=True)
+        (report / kind / file).write_text(text)
+    fake_run.finish(folder, "analysis/report", {}, {})
+    notebook = nbformat.v4.new_notebook(metadata={"papermill": {"output_path": "x"}})
+    notebook.cells = [nbformat.v4.new_code_cell(f"print({str(tmp_path)!r})", metadata={"papermill": {}})]
+    for domain in ("math", "code", "science"):
+        file = folder / "curation" / domain / "manifest.json"
+        manifest = json.loads(file.read_text())
+        manifest["parameters"]["source"] = f"micro-{domain}-train"
+        file.write_text(json.dumps(manifest))
+    for manifest in folder.glob("*/*/manifest.json"):
+        nbformat.write(notebook, manifest.with_name("executed.ipynb"))
+    return folder
+
+
+def test_what_is_published(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(publishing, "NOTEBOOKS_PER_STAGE", 3)
+    old = [tmp_path / "figures" / "micro" / "old.png", tmp_path / "papermill_runs" / "published" / "micro" / "old.md"]
+    for path in old:
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    target = publishing.publish(load_config("configs/micro.yaml"))
+    assert target == tmp_path / "papermill_runs" / "published" / "micro"
+    assert not any(path.exists() for path in old)
+    assert {path.relative_to(run) for path in run.glob("*/*/manifest.json")} == {
+        path.relative_to(target) for path in target.glob("*/*/manifest.json")
+    }
+    assert sorted(path.name for path in (target / "analysis").glob("*.csv")) == ["drawn.csv"]
+    assert [path.name for path in (target / "tables").iterdir()] == ["main.md"]
+    shown = sorted(path.parent.name for path in (target / "evaluation").glob("*/executed.ipynb"))
+    assert shown == ["arcee_fusion", "backbone", "code"]
+    text = (target / "evaluation" / "backbone" / "executed.ipynb").read_text()
+    assert str(tmp_path) not in text and "papermill" not in text and "print('.')" in text
+
+
+def test_an_unfinished_run_is_not_published(run):
+    (run / "analysis" / "report" / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="run micro is not finished: no analysis/report; `make run` first"):
+        publishing.publish(load_config("configs/micro.yaml"))
+
+
+def test_notebooks_that_may_show_licensed_text_stay_out(run):
+    file = run / "curation" / "math" / "manifest.json"
+    file.write_text(file.read_text().replace("micro-math-train", "gsm8k-train"))
+    target = publishing.publish(load_config("configs/micro.yaml"))
+    assert not list(target.rglob("executed.ipynb")) and (target / "sft" / "math" / "manifest.json").is_file()
