@@ -278,7 +278,8 @@ def main() -> None:
     frame = frame.round({"seconds_1": 3, "seconds_2": 3, "peak_gib": 3, "iou": 5})
     if RESULTS.is_file():  # sizes that were not measured now keep their rows
         old = pd.read_csv(RESULTS)
-        frame = pd.concat([old[~old["size"].isin(arguments.sizes)], frame]).sort_values("parameters", kind="stable")
+        frame = pd.concat([old[~old["size"].isin(arguments.sizes)], frame], ignore_index=True)
+        frame = frame.sort_values("parameters", kind="stable", ignore_index=True)
     frame.to_csv(RESULTS, index=False)
     draw(frame)
     print(frame.to_string(index=False))
