@@ -119,22 +119,30 @@ def accuracy_frame(run_dir: Path, confidence: float = 0.95, split: str = "test")
     return pd.DataFrame(rows, columns=ACCURACY)
 
 
+def averaged(estimates: pd.DataFrame, column: str, confidence: float) -> dict[str, float]:
+    """The unweighted mean of estimates on benchmarks that share no problem: `column` and the columns of ESTIMATE.
+
+    stderr = sqrt(sum stderr^2) / count.
+    """
+    stderr = math.sqrt((estimates["stderr"] ** 2).sum(skipna=False)) / len(estimates)
+    mean, n_problems = estimates[column].mean(), int(estimates["n_problems"].sum())
+    return {column: mean} | estimate_columns(mean, stderr, n_problems, confidence)
+
+
 def average_frame(accuracy: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """The unweighted mean over benchmarks of each model of this run that has all of them.
 
-    Columns model, kind, pass_at_1 and ESTIMATE. Benchmarks share no problem: stderr = sqrt(sum stderr^2) / count.
+    Columns model, kind, pass_at_1 and ESTIMATE; see `averaged`.
     """
     rows, own = [], accuracy[accuracy["origin"] == looks.THIS_RUN]
     for (model, kind), group in own.groupby(["model", "kind"], sort=False):
         if len(group) == own["benchmark"].nunique():
-            mean, stderr = group["pass_at_1"].mean(), math.sqrt((group["stderr"] ** 2).sum(skipna=False)) / len(group)
-            bounds = estimate_columns(mean, stderr, int(group["n_problems"].sum()), confidence)
-            rows.append({"model": model, "kind": kind, "pass_at_1": mean} | bounds)
+            rows.append({"model": model, "kind": kind} | averaged(group, "pass_at_1", confidence))
     return pd.DataFrame(rows, columns=["model", "kind", "pass_at_1", *ESTIMATE])
 
 
 def compare(run_dir: Path, rows: list, references: dict[str, tuple[str, str]], confidence: float) -> list[dict]:
-    """Each row of `_benchmarks` minus the reference (model, variant) of its benchmark, on the problems both have.
+    """Each row of `benchmark_rows` minus the reference (model, variant) of its benchmark, on the problems both have.
 
     `unpaired` counts the problems that only one of the two has (runs with another limit).
     """
@@ -178,7 +186,7 @@ def _own_branches(run: dict[str, dict], rows: list) -> dict[str, tuple[str, str]
 def merge_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
     """pass@1 of backbone, mixture and merged models minus that of the domain's own branch, paired; columns MERGE.
 
-    `changed_fraction` is the share of elements in which the merged model differs from the base of the fusion.
+    `changed_fraction` is the share of elements in which the merged model differs from the backbone.
     """
     run = completed(run_dir)
     rows = benchmark_rows(run)

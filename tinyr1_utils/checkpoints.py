@@ -129,7 +129,7 @@ def read_array(entry: Entry) -> np.ndarray:
     return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
-def expect(coming: Iterable[Entry]) -> None:
+def prefetch(coming: Iterable[Entry]) -> None:
     """Have the system read these tensors from the disk while the caller still works on others."""
     for entry in coming:
         with open(entry.file, "rb") as stream:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from tinyr1_utils import deltas, recipes
-from tinyr1_utils.analysis import ESTIMATE, accuracy_frame, average_frame, benchmark_rows, compare, estimate_columns
+from tinyr1_utils.analysis import ESTIMATE, accuracy_frame, average_frame, averaged, benchmark_rows, compare
 from tinyr1_utils.artifacts import completed, output, output_folder
 from tinyr1_utils.config import names
 
@@ -96,10 +96,9 @@ def _differences(run_dir: Path, confidence: float) -> dict[str, dict]:
     compared = pd.DataFrame(compare(run_dir, rows, references, confidence))
     found = {}
     for model, group in compared.groupby("model") if len(compared) else ():
-        stderr = float(np.sqrt((group["stderr"] ** 2).sum())) / len(group)
-        facts = estimate_columns(group["difference"].mean(), stderr, int(group["n_problems"].sum()), confidence)
-        found[model] = {"reference": REFERENCE, "difference": group["difference"].mean()}
-        found[model] |= {"difference_low": facts["low"], "difference_high": facts["high"]}
+        mean = averaged(group, "difference", confidence)
+        bounds = {"difference_low": mean["low"], "difference_high": mean["high"]}
+        found[model] = {"reference": REFERENCE, "difference": mean["difference"]} | bounds
     return found
 
 

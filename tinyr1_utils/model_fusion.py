@@ -52,9 +52,8 @@ def fuse_models(
     Without `backbone` along the chain: {math, science, code} gives code <- (science <- math). With it, every delta is
     taken to the backbone instead (`fusion.fuse_onto`), which may be stored in another dtype and is cast to theirs.
     `options` are `arcee_fusion`'s, `dtype` the result's (float32 or bfloat16; empty: as stored). Holds one tensor of
-    every model at a time. `threads` (0: OMP_NUM_THREADS, else all cores)
-    change nothing but time. `on_progress(done, total, tensor)` is called after each. Returns a row per tensor and step,
-    keys REPORT.
+    every model at a time. `threads` (0: OMP_NUM_THREADS, else all cores) change nothing but time. `on_progress(done,
+    total, tensor)` is called after each. Returns a row per tensor and step, keys REPORT.
 
     Raises ValueError that names models and tensor where they differ in tensors, shapes or dtypes, and the file of a
     tensor that holds NaN or Inf.
@@ -78,7 +77,7 @@ def fuse_models(
     def fused() -> Iterator[np.ndarray]:
         groups = [[model[name] for model in stored.values()] for name in plan]
         for done, (name, copies) in enumerate(zip(plan, groups, strict=True), start=1):
-            checkpoints.expect(itertools.chain(*groups[done : done + 1]))
+            checkpoints.prefetch(itertools.chain(*groups[done : done + 1]))
             merged, steps = _one_tensor(name, copies, next(memory), fuse, settings)
             rows.extend(_report_rows(name, steps, merged.size))
             if on_progress:

@@ -29,10 +29,17 @@ def _percent(value: float, stderr: float | None = None) -> str:
     return f"{100 * value:.1f}" + ("" if stderr is None or pd.isna(stderr) else f" ± {100 * stderr:.1f}")
 
 
-def _points(row: Any) -> str:
+def _signed(difference: float, low: float, high: float) -> str:
     """A difference in percentage points with its interval, where there is one."""
-    number = f"{100 * row.difference:+.1f}"
-    return number if pd.isna(row.low) else f"{number} [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
+    if pd.isna(difference):
+        return EMPTY
+    number = f"{100 * difference:+.1f}"
+    return number if pd.isna(low) else f"{number} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _points(row: Any) -> str:
+    """`_signed` of a gain, merge or stress frame's row."""
+    return _signed(row.difference, row.low, row.high)
 
 
 def _wide(frame: pd.DataFrame, row: str, column: Callable[[Any], str], cell: Callable[[Any], str]) -> pd.DataFrame:
@@ -88,7 +95,7 @@ def choice_table(choices: pd.DataFrame) -> pd.DataFrame:
             "kept (%)": _percent(r.kept_fraction),
             "validation (%)": _percent(r.validation),
             "test (%)": _percent(r.pass_at_1, r.stderr),
-            "minus Arcee Fusion (points)": _difference(r),
+            "minus Arcee Fusion (points)": _signed(r.difference, r.difference_low, r.difference_high),
         }
         for r in choices.itertuples()
     ]
@@ -104,19 +111,11 @@ def selected_table(selected: pd.DataFrame) -> pd.DataFrame:
             "chosen": looks.look(r.model).label,
             "validation (%)": _percent(r.validation),
             "test (%)": _percent(r.pass_at_1, r.stderr),
-            "minus Arcee Fusion (points)": _difference(r),
+            "minus Arcee Fusion (points)": _signed(r.difference, r.difference_low, r.difference_high),
         }
         for r in selected.itertuples()
     ]
     return pd.DataFrame(lines)
-
-
-def _difference(record: Any) -> str:
-    """A choice's difference to the reference with its interval, where there is one."""
-    if pd.isna(record.difference):
-        return EMPTY
-    bounds = f"[{100 * record.difference_low:+.1f}, {100 * record.difference_high:+.1f}]"
-    return f"{100 * record.difference:+.1f} {bounds}"
 
 
 def overlap_table(overlap: pd.DataFrame) -> pd.DataFrame:
