@@ -1,4 +1,4 @@
-"""Owns what is on disk as JSON lines (Problem, Trace, Completion, Score) and a grader's Verdict. Does not know where the files lie."""
+"""Owns what is on disk as JSON lines and a grader's Verdict. Does not know where the files lie."""
 
 import dataclasses
 import json
