@@ -9,7 +9,7 @@ COMPILE := $(VENV)/bin/uv pip compile -q --python-version 3.11 --no-annotate --n
 	--custom-compile-command "make lock" --overrides requirements/overrides.txt $(LOCK_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap run test lab lint format figures publish benchmark-merge lock clean clean-runs
+.PHONY: help bootstrap run test lab lint format figures publish lm-eval benchmark-grading benchmark-merge lock clean clean-runs
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +21,7 @@ run: bootstrap ## all notebooks of CONFIG (configs/micro.yaml) headless; DATA_RO
 	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner all --config $(CONFIG) \
 		$(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(CORES),--cores $(CORES))
 
-test: bootstrap ## the tests; PYTEST_ARGS="-m 'not slow'" for the quick ones
+test: bootstrap lm-eval ## the tests; PYTEST_ARGS="-m 'not slow'" for the quick ones
 	$(VENV_PYTHON) -m pytest -q tests $(PYTEST_ARGS)
 
 lab: bootstrap ## JupyterLab on notebooks/, its kernel this environment; LAB_ARGS=--no-browser
@@ -41,6 +41,14 @@ figures: bootstrap ## draw figures/ again from the published runs
 publish: bootstrap ## copy a finished run's small results to papermill_runs/published, draw figures/; CONFIG=
 	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner publish --config $(CONFIG)
 
+lm-eval: bootstrap ## add lm-evaluation-harness (optional), for IFEval and BBH
+	@$(VENV)/bin/uv pip install -q --no-deps -p $(VENV_PYTHON) -r requirements/lm-eval.lock
+
+benchmark-grading: bootstrap ## grading and sampling beside their peers: time, agreement
+	$(VENV_PYTHON) benchmarks/grading.py
+	$(VENV_PYTHON) benchmarks/math_grading.py
+	$(VENV_PYTHON) benchmarks/sampling.py
+
 benchmark-merge: bootstrap ## merging beside mergekit: time, memory, repeats; SIZES="0.5B"
 	$(VENV_PYTHON) benchmarks/merge.py $(if $(SIZES),--sizes $(SIZES))
 
@@ -50,6 +58,11 @@ lock: bootstrap ## resolve requirements/*.in again, keeping versions that still 
 		$(if $(PIP_FIND_LINKS),,--torch-backend=cpu) -o requirements/cpu.lock
 	sed -i 's/+cpu$$//' requirements/cpu.lock
 	$(COMPILE) requirements/gpu.in -c requirements/cpu.lock -o requirements/gpu.lock
+	$(COMPILE) requirements/lm-eval.in -c requirements/cpu.lock --overrides requirements/overrides-cpu.txt \
+		--overrides requirements/overrides-lm-eval.txt -o requirements/lm-eval.lock
+	grep '^#' requirements/lm-eval.lock > requirements/.lm-eval.tmp
+	grep -vxF -f requirements/cpu.lock requirements/lm-eval.lock >> requirements/.lm-eval.tmp
+	mv requirements/.lm-eval.tmp requirements/lm-eval.lock
 
 clean: ## remove caches and unfinished temporary files; results in papermill_runs/ stay
 	rm -rf .snakemake .pytest_cache .ruff_cache .hypothesis build *.egg-info

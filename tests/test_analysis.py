@@ -10,13 +10,14 @@ import fake_run
 import pandas as pd
 import papermill
 import pytest
+from scipy import stats
 
-from tinyr1_utils import analysis, looks, reported, status, tables
+from tinyr1_utils import analysis, looks, metrics, reported, status, tables
 from tinyr1_utils.config import load_config
 from tinyr1_utils.records import Score, write_records
 
 ROOT = Path(__file__).parents[1]
-NORMAL_95 = 1.959963984540054
+T_95_OF_3 = 4.302652729749464  # Student's quantile for three problems
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,10 @@ def test_models_come_backbone_branches_mixture_merged(run):
     assert list(dict.fromkeys(frame["kind"])) == list(looks.KINDS)
     assert list(frame.columns) == analysis.ACCURACY and len(frame) == 30
     row = frame.iloc[0]
-    assert row["high"] - row["low"] == pytest.approx(2 * NORMAL_95 * row["stderr"])
+    estimate = metrics.Estimate(
+        row["pass_at_1"], row["stderr"], row["n_problems"], row["n_problems"] * row["n_samples"]
+    )
+    assert (row["low"], row["high"]) == metrics.rate_interval(estimate, 0.95)
 
 
 def test_gain_is_the_paired_difference_by_hand(tmp_path):
@@ -52,7 +56,7 @@ def test_gain_is_the_paired_difference_by_hand(tmp_path):
     stderr = statistics.stdev(differences) / math.sqrt(3)
     assert (gain["model"], gain["reference"], gain["n_problems"], gain["unpaired"]) == ("sft/math", "backbone", 3, 1)
     assert gain["difference"] == pytest.approx(0.5) and gain["stderr"] == pytest.approx(stderr)
-    assert gain["low"] == pytest.approx(0.5 - NORMAL_95 * stderr)
+    assert gain["low"] == pytest.approx(0.5 - T_95_OF_3 * stderr)
 
 
 def test_merge_frame_refers_to_the_domains_own_branch(run):
@@ -85,7 +89,8 @@ def test_tokens_funnel_losses_and_stress(run):
     assert losses["held_out_loss"].notna().sum() == 12
     stress = analysis.stress_frame(run, confidence=0.9)
     assert stress["change"].head(4).to_list() == list(fake_run.CHANGES)
-    assert (stress["high"] - stress["difference"]).to_list() == pytest.approx([1.6448536269514722 * 0.035] * 12)
+    half = stats.t.ppf(0.95, stress["n_problems"] - 1) * 0.035
+    assert (stress["high"] - stress["difference"]).to_list() == pytest.approx(half.tolist())
 
 
 def test_incomplete_run_is_analysed_and_names_what_is_missing(run, tmp_path):

@@ -109,6 +109,16 @@ def test_what_changes_no_result_clears_nothing(tmp_path):
     opened.lock.release()
 
 
+def test_more_samples_or_problems_keep_what_an_evaluation_has(tmp_path):
+    named = {"stage": "evaluation", "variant": "backbone"}
+    run_stage(tmp_path, **named)
+    grown = parameters(tmp_path, **named, n_samples=40, limit=0)
+    for changed, kept in ((grown, True), (parameters(tmp_path, **named, temperature=1.0), False)):
+        opened = open_stage(changed, inputs={"source": "digest"})
+        assert opened.path("selected.jsonl").exists() == kept
+        opened.lock.release()
+
+
 def test_clearing_follows_no_link(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -133,5 +133,9 @@ def test_report_is_self_contained_and_holds_the_numbers(frames, tmp_path):
     assert text.count('alt="') == 2 and "A &amp; B" in text and "Not done: sft/code" in text
     for cell in [*parts["main"].to_numpy().ravel(), *parts["stress_drops"]["difference (points)"]]:
         assert f">{cell}<" in text, cell
-    assert "n = 30 problems" in text and "95 % normal interval" in text and "No data yet for: loss curves" in text
+    assert (
+        "n = 30 problems" in text
+        and "95 % interval (Wilson for pass@1, Student for differences)" in text
+        and "No data yet for: loss curves" in text
+    )
     assert str(tmp_path) not in text

@@ -1,67 +1,210 @@
-"""Both engines on the micro backbone: what one samples greedily the other does too, on the threads asked for."""
+"""What `sample` keeps, draws and writes, with a plain engine; prompts and tokenizers with real model folders."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
-from tinyr1_utils.generation import sample_seed
-from tinyr1_utils.records import Completion, read_records
-
-BACKENDS = ("vllm", "transformers")
-PROGRAM = """
-import json, sys
-from pathlib import Path
-import torch
-from tinyr1_utils.config import EvaluationParameters
-from tinyr1_utils.generation import ENGINES, sample
+from tinyr1_utils.config import EvaluationParameters, load_config, stage_parameters
+from tinyr1_utils.engines import Request
+from tinyr1_utils.generation import load_tokenizer, requests, sample, sample_seed
 from tinyr1_utils.micro_problems import generate
+from tinyr1_utils.prompts import chat
+from tinyr1_utils.records import Completion, read_records, require_records
 
-backend, folder = sys.argv[1], Path(sys.argv[2])
-shared = json.loads(sys.argv[3]) | {"backend": backend}
-parameters = EvaluationParameters.model_validate(shared)
-problems = generate("science", "test", 6, 0)
-model = Path("models/micro-backbone")
-sample(model, problems, folder / "completions.jsonl", parameters, lambda: ENGINES[backend](model, parameters))
-(folder / "threads").write_text(str(torch.get_num_threads()))
-"""
+BACKBONE = REPOSITORY / "models/micro-backbone"
+PROBLEMS = generate("science", "test", 6, 0)
 
 
-@pytest.fixture(scope="module")
-def greedy(tmp_path_factory) -> dict[str, tuple[list[Completion], int]]:
-    """Greedy completions and torch threads per engine, in processes whose environment asks for two threads."""
-    from tinyr1_utils.config import load_config, stage_parameters
-
-    config = load_config(REPOSITORY / "configs/micro.yaml")
-    small = {"limit": 6, "n_samples": 1, "temperature": 0.0, "chunk_size": 6, "threads": 1}
-    asked = json.dumps(stage_parameters(config, "evaluation", "backbone").model_dump() | small)
-    found = {}
-    for backend in BACKENDS:
-        folder = tmp_path_factory.mktemp(backend)
-        command = [sys.executable, "-c", PROGRAM, backend, str(folder), asked]
-        environment = os.environ | {"OMP_NUM_THREADS": "2"}
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        completions, broken = read_records(folder / "completions.jsonl", Completion)
-        assert not broken
-        found[backend] = completions, int((folder / "threads").read_text())
-    return found
+def settings(**changes) -> EvaluationParameters:
+    """micro's parameters with few problems and small chunks."""
+    values = stage_parameters(load_config(REPOSITORY / "configs/micro.yaml"), "evaluation", "backbone").model_dump()
+    return EvaluationParameters.model_validate(values | {"n_samples": 2, "chunk_size": 5} | changes)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_stages_thread_count_holds_whatever_the_environment_says(greedy, backend):
-    assert greedy[backend][1] == 1
+class Plain:
+    """An engine whose text says which request it answered; notes the chunks that it was given."""
+
+    def __init__(self, one_by_one: bool = False, fail_after: int = 10**9):
+        self.one_by_one, self.left, self.chunks = one_by_one, fail_after, []
+
+    def __call__(self, chunk: Sequence[Request], keep) -> list[Completion]:
+        self.chunks.append([request.key for request in chunk])
+        done = [Completion(*r.key, f"{r.seed}\n✓", "stop", len(r.prompt_ids), 3) for r in chunk]
+        if not self.one_by_one:
+            keep(done)
+            return done
+        for completion in reversed(done):
+            if not self.left:
+                raise ConnectionError("gone")
+            self.left -= 1
+            keep([completion])
+        return done
 
 
-def test_both_engines_complete_the_same_prompt_alike(greedy):
-    """Two implementations of one model in float32: the same text, end and token counts."""
-    assert greedy["vllm"][0] == greedy["transformers"][0]
-    assert any(completion.finish_reason == "stop" for completion in greedy["vllm"][0])
+def drawn(path: Path, engine: Plain, parameters=None, problems=PROBLEMS, **options) -> list[Completion]:
+    return sample(BACKBONE, problems, path, parameters or settings(), lambda: engine, lambda line: None, **options)
+
+
+@pytest.fixture
+def whole(tmp_path) -> bytes:
+    """The file of an undisturbed call."""
+    drawn(tmp_path / "whole.jsonl", Plain())
+    return (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_a_samples_seed_depends_on_its_own_key_only():
     seeds = {sample_seed(seed, problem, index) for seed in (0, 1) for problem in ("a", "b") for index in range(4)}
     assert len(seeds) == 16 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+@pytest.mark.parametrize("cut", [-1, -2, -9, 1])
+def test_a_file_cut_anywhere_ends_as_an_undisturbed_one(tmp_path, whole, cut):
+    """Cut before the last line end (that row is whole, one behind it would not be), in the last row, in the first."""
+    path = tmp_path / "completions.jsonl"
+    path.write_bytes(whole[:cut])
+    engine = Plain()
+    completions = drawn(path, engine)
+    assert path.read_bytes() == whole
+    assert completions == require_records(path, Completion)
+    assert len(engine.chunks) == {-1: 0, 1: 3}.get(cut, 1)
+
+
+def test_a_killed_run_draws_the_missing_keys_in_the_chunks_in_which_they_lie(tmp_path, whole):
+    path = tmp_path / "completions.jsonl"
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[11], *lines[:3], b"not json\n", lines[7], lines[0]]))
+    engine = Plain()
+    drawn(path, engine)
+    keys = [(c.problem_id, c.sample_index) for c in require_records(path, Completion)]
+    assert engine.chunks == [keys[3:5], [*keys[5:7], *keys[8:10]], keys[10:11]]
+    assert path.read_bytes() == whole, "in the order of the requests, each key once"
+
+
+def test_an_engine_that_fails_inside_a_chunk_loses_nothing(tmp_path, whole):
+    path = tmp_path / "completions.jsonl"
+    with pytest.raises(ConnectionError):
+        drawn(path, Plain(one_by_one=True, fail_after=7))
+    assert len(require_records(path, Completion)) == 7
+    engine = Plain(one_by_one=True)
+    drawn(path, engine)
+    assert sum(map(len, engine.chunks)) == 5 and path.read_bytes() == whole
+
+
+def test_more_samples_and_more_problems_leave_the_others_as_they_are(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    first = drawn(path, Plain(), settings(n_samples=1), PROBLEMS[1:4])
+    engine = Plain()
+    more = drawn(path, engine, settings(n_samples=3))
+    assert len(more) == 18 and set(first) < set(more)
+    assert sum(map(len, engine.chunks)) == 15
+    fresh = tmp_path / "fresh.jsonl"
+    drawn(fresh, Plain(), settings(n_samples=3))
+    assert path.read_bytes() == fresh.read_bytes()
+
+
+def test_chunks_are_handed_over_with_what_was_there_and_their_speed_is_noted(tmp_path, whole):
+    path, seen = tmp_path / "completions.jsonl", []
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
+    completions = drawn(path, Plain(), on_chunk=seen.append)
+    assert [len(part) for part in seen] == [5, 5, 2] and [*seen[0], *seen[1], *seen[2]] == completions
+    speed = pd.read_csv(tmp_path / "completions.speed.csv")
+    assert speed.columns.tolist() == ["chunk", "completions", "output_tokens", "seconds"]
+    assert speed[["chunk", "completions", "output_tokens"]].values.tolist() == [[1, 5, 15], [2, 2, 6]]
+
+
+def test_nothing_left_starts_no_engine(tmp_path, whole):
+    path, lines = tmp_path / "completions.jsonl", []
+    path.write_bytes(whole)
+    sample(BACKBONE, PROBLEMS, path, settings(), lambda: pytest.fail("started an engine"), lines.append)
+    assert lines == ["completions.jsonl: 12 of 12 completions are there already"]
+    assert path.read_bytes() == whole
+
+
+def test_a_full_disk_is_one_sentence_and_the_next_run_repairs_the_file(tmp_path, whole):
+    """A real limit on the size of files, which cuts a row in the middle as a full disk does."""
+    path = tmp_path / "completions.jsonl"
+    program = f"""
+import resource
+from test_generation import *
+resource.setrlimit(resource.RLIMIT_FSIZE, ({len(whole) * 2 // 3 - 20},) * 2)
+drawn(Path({str(path)!r}), Plain())
+"""
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"OSError: {path} can not be written (File too large)") and "are kept" in last
+    rows, broken = read_records(path, Completion)
+    assert len(rows) == 7 and len(broken) == 1
+    drawn(path, Plain())
+    assert path.read_bytes() == whole
+
+
+def test_prompt_without_room_for_an_answer_is_named():
+    with pytest.raises(ValueError, match=rf"prompt of {PROBLEMS[0].id} has \d+ tokens, max_seq_tokens is 20: raise it"):
+        requests(PROBLEMS, load_tokenizer(BACKBONE), settings(max_seq_tokens=20))
+
+
+def test_without_a_tokenizer_the_conversation_is_the_prompt():
+    request = requests(PROBLEMS[:1], None, settings())[0]
+    assert request.prompt_ids == [] and list(request.messages) == chat(PROBLEMS[0])
+
+
+def model_copy(folder: Path, config: dict | None = None, template: str | None = None) -> Path:
+    """The micro backbone without its weights, with values of config.json or its chat template changed."""
+    shutil.copytree(BACKBONE, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    if config:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+            "{{ messages[0]['content'] }}",
+            "System role not supported",
+        ),
+        ("{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}", "it drops the system turn"),
+    ],
+)
+def test_a_template_without_a_system_role_is_named(tmp_path, template, reason):
+    tokenizer = load_tokenizer(model_copy(tmp_path / "model", template=template))
+    (problem,) = generate("math", "test", 1, 0)
+    assert requests([problem], tokenizer, settings())
+    with pytest.raises(ValueError, match=rf"chat template of .*model takes no such conversation \({reason}\)"):
+        requests([problem], tokenizer, settings(protocol="tinyr1"))
+
+
+def test_a_folder_without_a_chat_template_is_named(tmp_path):
+    model_copy(tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r"has no chat template: copy chat_template\.jinja"):
+        load_tokenizer(tmp_path / "model")
+
+
+def test_a_tokenizer_that_is_rebuilt_otherwise_is_named(tmp_path):
+    """transformers gives every model of type qwen2 Qwen's own pre-tokenizer."""
+    folder = model_copy(tmp_path / "model", config={"model_type": "qwen2"})
+    with pytest.raises(ValueError, match=rf"{folder}.*Qwen2Tokenizer.*otherwise than tokenizer\.json.*'qwen2'"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("folder", ["models/micro-backbone", ".cache/smollm2-135m-instruct"])
+def test_tokenizers_at_hand_are_read_as_their_files_say(folder):
+    if not (REPOSITORY / folder).is_dir():
+        pytest.skip(f"{folder} is not there")
+    assert load_tokenizer(REPOSITORY / folder).chat_template

@@ -67,22 +67,87 @@ def test_no_scores_are_an_error(scores):
         metrics.clustered_mean(scores)
 
 
-def test_interval_is_the_normal_one():
-    low, high = metrics.interval(metrics.Estimate(0.5, 0.1, 10, 10))
-    assert (low, high) == (pytest.approx(0.304004, abs=1e-6), pytest.approx(0.695996, abs=1e-6))
-    with pytest.raises(ValueError, match="confidence"):
-        metrics.interval(metrics.Estimate(0.5, 0.1, 10, 10), 95)
+def test_interval_is_that_of_the_t_distribution():
+    sample = [0.1, 0.4, 0.5, 0.9, 0.3]
+    expected = stats.t.interval(0.9, 4, np.mean(sample), stats.sem(sample))
+    assert metrics.interval(metrics.clustered_mean([[x] for x in sample]), 0.9) == pytest.approx(expected)
+    for function in (metrics.interval, metrics.rate_interval):
+        with pytest.raises(ValueError, match="confidence"):
+            function(metrics.Estimate(0.5, 0.1, 10, 10), 95)
 
 
-def test_interval_covers_the_true_mean_in_95_percent_of_runs():
+def test_rate_interval_of_one_sample_each_is_wilsons():
+    """Against scipy's, at the quantile that scipy uses, with the variance of n - 1."""
+    n, right = 5000, 1400
+    estimate = metrics.clustered_mean([[1.0]] * right + [[0.0]] * (n - right))
+    wilson = stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert metrics.rate_interval(estimate) == pytest.approx((wilson.low, wilson.high), abs=1e-5)
+
+
+def test_a_rate_of_0_or_1_has_an_interval_of_some_width():
+    for value in (0.0, 1.0):
+        estimate = metrics.clustered_mean([[value] * 4] * 100)
+        low, high = metrics.rate_interval(estimate)
+        assert 0 <= low <= value <= high <= 1 and 0.03 < high - low < 0.05
+    assert all(math.isnan(bound) for bound in metrics.rate_interval(metrics.clustered_mean([[0, 1]])))
+
+
+def test_more_samples_than_there_are_never_count():
+    """Problems that happen to agree on their mean would otherwise be worth any number of samples."""
+    agreeing = [[0.0, 1.0]] * 50 + [[1.0, 1.0]]
+    low, high = metrics.rate_interval(metrics.clustered_mean(agreeing))
+    assert high - low > 2 * 1.9 * math.sqrt(0.25 / 102)
+
+
+@pytest.mark.parametrize(
+    ("problems", "samples", "shape"),
+    [(30, 16, (1.5, 1.0)), (150, 4, (1.5, 1.0)), (198, 4, (8, 2)), (100, 1, (1.5, 1.0)), (198, 4, (0.3, 0.3))],
+)
+def test_rate_interval_covers_the_true_mean_in_95_percent_of_runs(problems, samples, shape):
     rng = np.random.default_rng(20)
-    runs, problems, samples, covered = 3000, 150, 4, 0
-    difficulty = rng.beta(1.5, 1.0, (runs, problems))  # the mean of the population is 0.6
+    runs, truth = 4000, shape[0] / sum(shape)
+    difficulty = rng.beta(*shape, (runs, problems))
     scores = rng.random((runs, problems, samples)) < difficulty[:, :, None]
-    for run in scores.astype(float):
-        low, high = metrics.interval(metrics.clustered_mean(run))
-        covered += low <= 0.6 <= high
+    bounds = [metrics.rate_interval(metrics.clustered_mean(run)) for run in scores.astype(float)]
+    assert 0.94 <= np.mean([low <= truth <= high for low, high in bounds]) <= 0.96
+
+
+def test_interval_of_a_paired_difference_covers_it_in_95_percent_of_runs():
+    rng = np.random.default_rng(21)
+    runs, problems, covered = 3000, 60, 0
+    level = rng.beta(2, 2, (runs, problems))
+    a, b = (rng.random((runs, problems, 4)) < np.clip(level + shift, 0, 1)[..., None] for shift in (0.1, 0.0))
+    truth = (np.clip(level + 0.1, 0, 1) - level).mean()
+    for run in range(runs):
+        named = ({str(i): scores[run, i].astype(float) for i in range(problems)} for scores in (a, b))
+        low, high = metrics.interval(metrics.paired_difference(*named))
+        covered += low <= truth <= high
     assert 0.94 <= covered / runs <= 0.96
+
+
+def test_samples_needed_is_what_the_interval_then_has():
+    rng = np.random.default_rng(4)
+    rates = rng.random(30)
+    pilot = (rng.random((30, 400)) < rates[:, None]).astype(float)
+    needed = metrics.samples_needed(pilot, half_width=0.02, confidence=0.9)
+    means = (rng.random((4000, 30, needed)) < rates[:, None]).mean(axis=(1, 2))
+    assert 0.88 <= np.mean(abs(means - rates.mean()) <= 0.02) <= 0.92
+
+
+def test_samples_needed_for_problems_that_never_vary_is_one():
+    assert metrics.samples_needed([[1, 1], [0, 0]]) == 1
+    with pytest.raises(ValueError, match="two or more samples"):
+        metrics.samples_needed([[1, 1], [0]])
+
+
+def test_paired_bootstrap_is_near_the_t_interval_and_the_same_for_a_seed():
+    rng = np.random.default_rng(5)
+    a, b = ({str(i): rng.random(3) + shift for i in range(120)} for shift in (0.2, 0.0))
+    found = metrics.paired_bootstrap(a, b)
+    assert found == metrics.paired_bootstrap(a, b) != metrics.paired_bootstrap(a, b, seed=1)
+    assert found == pytest.approx(metrics.interval(metrics.paired_difference(a, b)), abs=0.01)
+    assert metrics.paired_bootstrap(a, a) == (0.0, 0.0)
+    assert all(math.isnan(bound) for bound in metrics.paired_bootstrap({"q": [1.0]}, {"q": [0.0]}))
 
 
 def test_paired_difference_is_that_of_the_problems_and_smaller_than_unpaired():

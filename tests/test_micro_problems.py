@@ -208,7 +208,7 @@ def test_facts_are_those_of_pint_and_periodictable():
 @pytest.mark.parametrize("domain", ["math", "science"])
 def test_a_teacher_that_does_not_slip_is_graded_right(domain, train):
     for problem in train[domain]:
-        assert grade_text(problem, teach(problem, seed=3).text)[0], problem.question
+        assert grade_text(problem, teach(problem, seed=3).text).correct, problem.question
 
 
 def bounds(share: float, n: int) -> tuple[float, float]:
@@ -233,7 +233,7 @@ def test_slips_and_cuts_come_in_their_shares(domain, train):
     if domain == "code":
         right = sum(passes(extract_code(trace.text), by_id[trace.problem_id].tests) for trace in slipped)
     else:
-        right = sum(grade_text(by_id[trace.problem_id], trace.text)[0] for trace in slipped)
+        right = sum(grade_text(by_id[trace.problem_id], trace.text).correct for trace in slipped)
     assert right <= 0.25 * len(slipped)  # a slip that is undone again or that the tests can not see
     again = [teach(p, seed=3, wrong_share=wrong_share, unfinished_share=unfinished_share) for p in train[domain]]
     assert traces == again
@@ -263,5 +263,5 @@ def test_statements_about_one_option_are_graded_right(train):
         for letter, option in zip(LETTERS, problem.options, strict=False):
             truth = letter == problem.reference
             statement = dataclasses.replace(problem, answer_kind="true_false", reference=str(truth), options=())
-            assert grade_text(statement, teach_statement(problem, option, truth).text)[0]
-            assert not grade_text(statement, teach_statement(problem, option, not truth).text)[0]
+            assert grade_text(statement, teach_statement(problem, option, truth).text).correct
+            assert not grade_text(statement, teach_statement(problem, option, not truth).text).correct

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import functools
 import json
 import re
 from pathlib import Path
@@ -63,6 +64,13 @@ def literals(cell: dict) -> dict[str, object]:
     return values
 
 
+@functools.cache
+def configs_with(notebook: str) -> list[str]:
+    """The configs that run a notebook at all."""
+    configs = {path.stem: load_config(path) for path in sorted((ROOT / "configs").glob("*.yaml"))}
+    return [name for name, config in configs.items() if getattr(config, NOTEBOOKS[notebook]).variants]
+
+
 def first_cell_wrong(notebook: dict, name: str) -> list[str]:
     text = source(notebook["cells"][0])
     lines = [line for line in text.splitlines() if line.strip()]
@@ -72,7 +80,7 @@ def first_cell_wrong(notebook: dict, name: str) -> list[str]:
     heads = [re.match(r"\*\*(\w+):\*\* \S", line) for line in lines[1:]]
     if [head and head[1] for head in heads] != list(FIRST_LINES):
         wrong.append(f"behind the title stand the four lines {', '.join(FIRST_LINES)}")
-    missing = [path.stem for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem not in lines[-1]]
+    missing = [config for config in configs_with(name) if config not in lines[-1]]
     return wrong + [f"Cost does not name the config {config}" for config in missing]
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tinyr1_utils import adapters, sandbox, sources
-from tinyr1_utils.evaluation import runnable
+from tinyr1_utils import adapters, micro_problems, sandbox
 from tinyr1_utils.records import LETTERS
-from tinyr1_utils.sources import SOURCES, benchmark_names, load, sample_counts, source_named, subset
+from tinyr1_utils.sources import SOURCES, Asked, asked, load, source_named, subset
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TINYR1_DATA_ROOT") or ROOT.parent / "shared" / "data")
@@ -41,6 +40,10 @@ GSM8K = {
 }
 AIME24 = {"id": 60, "problem": "Find $x$.", "solution": "So.", "answer": "025", "url": "u", "year": "2024"}
 AIME25 = {"id": "2025_I-1", "problem": "Find $y$.", "answer": "588"}
+MATH_500 = {
+    "problem": "Simplify.", "solution": "So.", "answer": "\\frac{14}{3}", "subject": "Algebra", "level": 2,
+    "unique_id": "test/algebra/1.json",
+}  # fmt: skip
 MBPP = {
     "task_id": 601, "text": "Write a function to add.", "code": "def add(a, b):\r\n    return a + b\r\n",
     "test_list": ["assert add(1, 2) == 3"], "test_setup_code": "import math", "challenge_test_list": [],
@@ -96,6 +99,7 @@ FUNCTIONAL = STDIN | {
 ROWS = {
     "gsm8k-train": GSM8K, "gsm8k": GSM8K, "aime24": AIME24, "aime25": AIME25, "mbpp-train": MBPP,
     "mbpp": MBPP | {"task_id": 11}, "arc-challenge-train": ARC, "arc-challenge": ARC, "mmlu-stem": MMLU,
+    "mmlu": MMLU, "math-500": MATH_500,
     "openr1-math-train": OPENR1, "openthoughts-code-train": OPENTHOUGHTS, "s1k-train": S1K, "gpqa-diamond": GPQA,
     "livecodebench": STDIN,
 }  # fmt: skip
@@ -311,27 +315,55 @@ PROGRAMS = {
     "more lines": (LINE_SUMS + "print(0)", "wrong_answer"),
     "silent": ("pass", "wrong_answer"),
     "crash": ("print(1 / 0)", "runtime_error"),
+    "upstream's imports": ("for _ in range(int(stdin.readline())):\n    print(reduce(add, map(int, input().split())))",
+                           "passed"),
+    "exact decimals": (LINE_SUMS.replace("sum(map(int, input().split()))", "'%.3f' % sum(map(int, input().split()))"),
+                       "passed"),
+    "other decimals": (LINE_SUMS.replace("sum(map(int, input().split()))", "sum(map(int, input().split())) + 1e-9"),
+                       "wrong_answer"),
+    "blanks inside a line": (LINE_SUMS + "print(' ')", "passed"),
+    "not utf-8": ("import sys\nsys.stdout.buffer.write(b'\\xff')", "wrong_answer"),
+    "threads": ("import threading\ndef main():\n    " + LINE_SUMS.replace("\n", "\n    ")
+                + "\nthreading.Thread(target=main).start()", "passed"),
+    "atexit": ("import atexit, sys\ntext = []\natexit.register(lambda: print(*text, sep='\\n'))\n"
+               + LINE_SUMS.replace("print", "text.append"), "passed"),
+    "wrong exit status": (LINE_SUMS + "import os\nos.sys.stdout.flush()\nos._exit(3)", "runtime_error"),
+    "more than fits": ("while True: print('x' * 10**5)", "output_limit"),
+    "memory": ("x = [0] * 10**9", "memory_limit"),
     "too many reads": ("while True:\n    input()", "runtime_error"),
 }  # fmt: skip
+
+
+def graded(problem, program):
+    (verdict,) = sandbox.run_many([sandbox.Job.of(problem, program)], workers=1)
+    return verdict
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_stdin_program_is_graded_from_row_to_verdict(loaded, program):
     (problem,) = loaded("livecodebench", STDIN).problems
     source, status = PROGRAMS[program]
-    verdict = sandbox.run_tests(runnable(problem, source), problem.tests, problem.setup)
+    verdict = graded(problem, source)
     assert verdict.status == status, verdict
 
 
 @pytest.mark.parametrize(
     ("body", "status"),
-    [("return [a, len(text)]", "passed"), ("return [a, 3]", "wrong_answer"), ("return (a, len(text))", "wrong_answer")],
+    [
+        ("return [a, len(text)]", "passed"),
+        ("return (a, len(text))", "passed"),
+        ("self.seen = getattr(self, 'seen', 0) + 1\n        return [a + (self.seen - 1), len(text)]", "wrong_answer"),
+        ("return [a, 3]", "wrong_answer"),
+        ("return a, 3", "wrong_answer"),
+        ("return map(abs, [a, 3])", "wrong_answer"),
+        ("return [a, len(txt)]", "runtime_error"),
+    ],
 )
 def test_a_call_based_program_is_graded_from_row_to_verdict(loaded, body, status):
     (problem,) = loaded("livecodebench", FUNCTIONAL).problems
     assert FUNCTIONAL["starter_code"] in problem.question
-    source = f"from typing import List\n{FUNCTIONAL['starter_code']}{body}"
-    verdict = sandbox.run_tests(runnable(problem, source), problem.tests, problem.setup)
+    source = f"{FUNCTIONAL['starter_code']}{body}"  # List comes from upstream's imports
+    verdict = graded(problem, source)
     assert verdict.status == status, verdict
 
 
@@ -342,19 +374,38 @@ def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(ValueError, match=r"unknown dataset 'gsm8'; did you mean 'gsm8k'\?; there are: .*arc-challenge"):
         load("gsm8")
     with pytest.raises(ValueError, match=r"unknown dataset 'micro-sciense'; did you mean 'micro-science'\?"):
-        benchmark_names("micro-math,micro-sciense")
+        asked("micro-math,micro-sciense")
     with pytest.raises(ValueError, match="'gsm8k-train' is a training source, not a benchmark"):
-        benchmark_names("gsm8k-train")
+        asked("gsm8k-train")
     with pytest.raises(ValueError, match="no benchmark named"):
-        benchmark_names(" , ")
-    assert benchmark_names("aime24@16, gsm8k") == ("aime24", "gsm8k")
+        asked(" , ")
+    with pytest.raises(ValueError, match="'gsm8k' is named twice"):
+        asked("gsm8k,gsm8k@4")
 
 
-def test_sample_counts():
-    assert sample_counts("aime24@16,gsm8k", 4) == {"aime24": 16, "gsm8k": 4}
-    for text in ("aime24@0", "aime24@x", "aime24@-1"):
-        with pytest.raises(ValueError, match=f"'{text}': the number of samples"):
-            sample_counts(text, 4)
+def test_how_much_of_a_benchmark_is_asked():
+    assert asked("aime24@8, gsm8k:50, mbpp:20@2", 100, 4) == {
+        "aime24": Asked(100, 8), "gsm8k": Asked(50, 4), "mbpp": Asked(20, 2)
+    }  # fmt: skip
+    assert asked("aime24,gpqa-diamond,gsm8k") == {
+        "aime24": Asked(0, 16), "gpqa-diamond": Asked(0, 4), "gsm8k": Asked(0, 1)
+    }  # fmt: skip
+    for text in ("aime24@0", "aime24@x", "aime24@-1", "aime24:0", "aime24@2:3"):
+        with pytest.raises(ValueError, match=f"'{text}': write a benchmark as"):
+            asked(text)
+
+
+def test_any_contest_window_of_livecodebench():
+    source = source_named("livecodebench-2024-10-01-2024-12-31")
+    days = ("2024-09-30", "2024-10-01", "2024-12-31", "2025-01-01")
+    kept = [day for day in days if source.keep({"contest_date": day})]
+    assert kept == ["2024-10-01", "2024-12-31"]
+
+
+def test_no_text_of_a_confidential_set_reaches_a_message(loaded):
+    broken = loaded("gpqa-diamond", GPQA | {"Incorrect Answer 3": ""}, '{"Question": "' + GPQA["Question"]).broken
+    assert len(broken) == 2
+    assert not any("blorp" in str(line) or "invented" in str(line) for line in broken)
 
 
 def test_a_missing_file_says_where_it_belongs(tmp_path):
@@ -391,7 +442,7 @@ def test_micro_sets_hold_the_faults_that_curation_has_to_find(domain):
     counts = Counter(problem.id for problem in train.problems)
     assert len(counts) == 400 and len(train.problems) == 412 and set(counts) == set(train.traces)
     splits = Counter(
-        sources.micro_problems.split_of(problem.metadata["content"])
+        micro_problems.split_of(problem.metadata["content"])
         for problem in {problem.id: problem for problem in train.problems}.values()
     )
     assert splits == {"train": 392, "test": 8}

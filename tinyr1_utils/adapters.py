@@ -14,7 +14,7 @@ import zlib
 from io import BytesIO
 from typing import Any
 
-from tinyr1_utils.records import LETTERS, Problem, Trace
+from tinyr1_utils.records import GENERAL, LETTERS, Problem, Trace
 
 Row = dict[str, Any]
 
@@ -53,6 +53,14 @@ def aime(row: Row, prefix: str) -> tuple[Problem, None]:
         raise ValueError(f"field 'answer' must be an integer from 0 to 999, found {answer!r}")
     identifier = _identifier(row, "id", prefix)
     return Problem(identifier, "math", prefix, _text(row, "problem"), "number", str(int(answer))), None
+
+
+def math_500(row: Row, prefix: str) -> tuple[Problem, None]:
+    """MATH-500 (Lightman et al. 2023), a part of MATH; references are LaTeX, a few of them words."""
+    metadata = {"subject": row.get("subject", ""), "level": row.get("level", "")}
+    identifier = _identifier(row, "unique_id", prefix)
+    question, reference = _text(row, "problem"), _text(row, "answer").strip()
+    return Problem(identifier, "math", "math-500", question, "expression", reference, metadata=metadata), None
 
 
 def mbpp(row: Row, prefix: str) -> tuple[Problem, Trace]:
@@ -96,7 +104,7 @@ def _last_letter(text: str) -> str:
 
 
 def mmlu(row: Row, prefix: str) -> tuple[Problem, None]:
-    """MMLU (Hendrycks et al. 2021); `answer` is the index of the right choice."""
+    """MMLU (Hendrycks et al. 2021); `answer` is the index of the right choice. All its subjects are of no domain."""
     choices, answer = row.get("choices"), row.get("answer")
     if not isinstance(choices, list) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError("field 'answer' must be the index of one of 'choices'")
@@ -104,7 +112,7 @@ def mmlu(row: Row, prefix: str) -> tuple[Problem, None]:
     digest = hashlib.sha256("|".join([subject, question, *map(str, choices)]).encode()).hexdigest()[:10]
     options = tuple(str(choice).strip() for choice in choices)
     return Problem(
-        f"{prefix}-{digest}", "science", "mmlu", question, "choice", LETTERS[answer],
+        f"{prefix}-{digest}", GENERAL if prefix == "mmlu" else "science", "mmlu", question, "choice", LETTERS[answer],
         options=options, metadata={"subject": subject},
     ), None  # fmt: skip
 
@@ -173,14 +181,18 @@ def think_trace(problem_id: str, teacher: str, text: str) -> Trace:
 
 
 def gpqa(row: Row, prefix: str) -> tuple[Problem, None]:
-    """GPQA (Rein et al. 2023): four options ordered by the record's id; the file lists the right one first."""
+    """GPQA (Rein et al. 2023): the file lists the right option first; every sample sees another order.
+
+    See `prompts.shown`. The order here, by the record's id, is that of log-likelihood scoring and of the stress test.
+    """
     right = _text(row, "Correct Answer").strip()
     options = [right, *(_text(row, f"Incorrect Answer {number}").strip() for number in (1, 2, 3))]
     identifier = f"{prefix}-{row.get('Record ID') or hashlib.sha256(row['Question'].encode()).hexdigest()[:10]}"
     random.Random(identifier).shuffle(options)
     letter = LETTERS[options.index(right)]
-    question = _text(row, "Question").strip()
-    return Problem(identifier, "science", "gpqa", question, "choice", letter, options=tuple(options)), None
+    question, metadata = _text(row, "Question").strip(), {"shuffled": identifier}
+    problem = Problem(identifier, "science", "gpqa", question, "choice", letter, tuple(options), metadata=metadata)
+    return problem, None
 
 
 class _NoGlobals(pickle.Unpickler):
@@ -202,41 +214,48 @@ def private_tests(text: str) -> list[Row]:
         raise ValueError(f"field 'private_test_cases' can not be decoded: {error}") from None
 
 
-# What a stdin program needs around it: the tests call `run_stdin`, which runs the program anew on each input.
-STDIN_HARNESS = """
-import contextlib as _contextlib, io as _io, sys as _sys
-def run_stdin(text):
-    _out, _sys.stdin = _io.TextIOWrapper(_io.BytesIO()), _io.TextIOWrapper(_io.BytesIO(text.encode()))
-    with _contextlib.redirect_stdout(_out), _contextlib.suppress(SystemExit):
-        exec(compile(_SOURCE, "solution", "exec"), {"__name__": "__main__", "exit": _sys.exit, "quit": _sys.exit})
-    _out.flush()
-    return [line.split() for line in _out.buffer.getvalue().decode().strip().splitlines()]
-"""
+# What upstream puts in front of every program: https://github.com/LiveCodeBench/LiveCodeBench, `import_string` in
+# lcb_runner/evaluation/testing_util.py. A later star import takes over the names of an earlier one.
+_MODULES = (
+    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
+).split()
+LIVECODEBENCH_SETUP = "\n".join([
+    *(f"from {module} import *" for module in [*_MODULES, "builtins", "typing"]),
+    *(f"import {module}" for module in _MODULES),
+    "sys.setrecursionlimit(50000)",
+])  # fmt: skip
+
+
+def _call_test(test: Row) -> str:
+    """One call-based test as code; its arguments are one JSON value a line."""
+    arguments = ", ".join(repr(json.loads(line)) for line in test["input"].split("\n"))
+    expected = json.loads(test["output"])
+    return f"_got = _call({arguments})\nassert (list(_got) if isinstance(_got, tuple) else _got) == {expected!r}"
 
 
 def livecodebench(row: Row, prefix: str) -> tuple[Problem, None]:
-    """LiveCodeBench (Jain et al. 2024): stdin programs and call-based ones, all public and private tests as asserts.
+    """LiveCodeBench (Jain et al. 2024): stdin programs and call-based ones, with all public and private tests.
 
-    Output is compared token by token, exactly; upstream also lets floats differ slightly, which this does not yet.
+    Judged as upstream does: outputs line by line with exact decimals (`harness.same_output`); what a call returns has
+    to equal the expected value, a tuple counting as a list, all calls on one `Solution()`. Its limits are 6 s for a
+    test and 7 s a test + 5 s for all; they are the caller's to set.
     """
     tests = json.loads(_text(row, "public_test_cases")) + private_tests(_text(row, "private_test_cases"))
+    starter, specification = row.get("starter_code") or "", _text(row, "question_content")
     metadata = {"contest_date": str(row.get("contest_date", ""))[:10], "difficulty": row.get("difficulty", "")}
-    starter = row.get("starter_code") or ""
+    metadata |= {"specification": specification, "starter_code": starter}
     if tests and tests[0]["testtype"] == "functional":
         name = json.loads(row["metadata"])["func_name"]
-        asserts = []
-        for test in tests:
-            arguments = ", ".join(repr(json.loads(line)) for line in test["input"].splitlines())
-            asserts.append(f"_got = Solution().{name}({arguments})\nassert _got == {json.loads(test['output'])!r}")
-        question = f"{_text(row, 'question_content')}\nUse this starter code:\n```python\n{starter}\n```"
+        cases = [
+            f"_call = Solution().{name}\n{_call_test(test)}" if test is tests[0] else _call_test(test) for test in tests
+        ]
+        question = f"{specification}\nUse this starter code:\n```python\n{starter}\n```"
     else:
         metadata["calls"] = "stdin"
-        asserts = [
-            f"assert run_stdin({test['input']!r}) == {[x.split() for x in test['output'].strip().splitlines()]!r}"
-            for test in tests
-        ]
-        question = f"{_text(row, 'question_content')}\nRead from standard input and print the answer."
+        cases = [json.dumps({"input": test["input"], "output": test["output"]}) for test in tests]
+        question = f"{specification}\nRead from standard input and print the answer."
     identifier = f"{prefix}-{_text(row, 'question_id')}"
     return Problem(
-        identifier, "code", "livecodebench", question, "code", "", tests=tuple(asserts), metadata=metadata
+        identifier, "code", "livecodebench", question, "code", "", tests=tuple(cases), setup=LIVECODEBENCH_SETUP,
+        metadata=metadata,
     ), None  # fmt: skip

@@ -1,7 +1,8 @@
 """Owns every statistic that a table or figure shows: a run's manifests and scores -> tidy pandas frames.
 
-Does not draw, does not format and writes nothing. Rates are shares in [0, 1]; `low` and `high` bound the normal
-interval at the column `confidence`, from a standard error clustered by problem; `origin` is `this run` or `reported`.
+Does not draw, does not format and writes nothing. Rates are shares in [0, 1]; `low` and `high` bound the
+interval at the column `confidence` (`metrics.rate_interval` for pass@1, else `metrics.interval`), from a standard error
+clustered by problem; `origin` is `this run` or `reported`.
 Models come in the order backbone, branches, mixture, merged models. What a run has not finished is left out of the
 frames and named by `status.missing`.
 """
@@ -16,10 +17,11 @@ import pandas as pd
 from tinyr1_utils import looks
 from tinyr1_utils.artifacts import completed, output
 from tinyr1_utils.config import BACKBONE, names
-from tinyr1_utils.metrics import Estimate, clustered_mean, interval, paired_difference
-from tinyr1_utils.records import DOMAINS, Score, require_records
+from tinyr1_utils.metrics import Estimate, clustered_mean, interval, paired_difference, rate_interval
+from tinyr1_utils.records import DOMAINS, GENERAL, Score, require_records
 from tinyr1_utils.sources import SOURCES
 
+ORDER = (*DOMAINS, GENERAL)
 MODEL = ["origin", "model", "kind", "benchmark", "domain"]
 ESTIMATE = ["stderr", "low", "high", "n_problems", "confidence"]
 ACCURACY = [*MODEL, "pass_at_1", *ESTIMATE, "n_samples", "truncation_rate", "output_tokens"]
@@ -40,10 +42,11 @@ def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def estimate_columns(mean: float, stderr: float, n_problems: int, confidence: float) -> dict[str, float]:
-    """The columns of ESTIMATE for one mean."""
-    low, high = interval(Estimate(mean, stderr, n_problems, n_problems), confidence)
-    return {"stderr": stderr, "low": low, "high": high, "n_problems": n_problems, "confidence": confidence}
+def estimate_columns(estimate: Estimate, confidence: float, bounds: Callable = interval) -> dict[str, float]:
+    """The columns of ESTIMATE for one mean, its interval by `bounds`."""
+    low, high = bounds(estimate, confidence)
+    known = {"stderr": estimate.stderr, "low": low, "high": high}
+    return known | {"n_problems": estimate.n_problems, "confidence": confidence}
 
 
 def _stage(run: dict[str, dict], stage: str) -> dict[str, dict]:
@@ -89,7 +92,8 @@ def benchmark_rows(run: dict[str, dict], split: str = "test") -> list[tuple[dict
     rows = []
     for model, kind, variant in _models(run, "evaluation"):
         benchmarks = run[f"evaluation/{variant}"]["metrics"]["benchmarks"]
-        for name, facts in sorted(benchmarks.items(), key=lambda item: (DOMAINS.index(item[1]["domain"]), item[0])):
+        in_order = sorted(benchmarks.items(), key=lambda item: (ORDER.index(item[1]["domain"]), item[0]))
+        for name, facts in in_order:
             if (SOURCES[name].split if name in SOURCES else "test") != split:
                 continue
             values = (looks.THIS_RUN, model, kind, name, facts["domain"])
@@ -113,9 +117,9 @@ def accuracy_frame(run_dir: Path, confidence: float = 0.95, split: str = "test")
     """One row per model x benchmark of a split, columns ACCURACY; `output_tokens` is the mean of a completion."""
     rows = []
     for columns, _, facts in benchmark_rows(completed(run_dir), split):
-        bounds = estimate_columns(facts["pass_at_1"], _number(facts["stderr"]), facts["n_problems"], confidence)
-        bounds |= {"low": max(bounds["low"], 0.0), "high": min(bounds["high"], 1.0)}
-        rows.append(columns | facts | bounds)
+        n_problems, stderr = facts["n_problems"], _number(facts["stderr"])
+        estimate = Estimate(facts["pass_at_1"], stderr, n_problems, n_problems * facts["n_samples"])
+        rows.append(columns | facts | estimate_columns(estimate, confidence, rate_interval))
     return pd.DataFrame(rows, columns=ACCURACY)
 
 
@@ -126,7 +130,7 @@ def averaged(estimates: pd.DataFrame, column: str, confidence: float) -> dict[st
     """
     stderr = math.sqrt((estimates["stderr"] ** 2).sum(skipna=False)) / len(estimates)
     mean, n_problems = estimates[column].mean(), int(estimates["n_problems"].sum())
-    return {column: mean} | estimate_columns(mean, stderr, n_problems, confidence)
+    return {column: mean} | estimate_columns(Estimate(mean, stderr, n_problems, n_problems), confidence)
 
 
 def average_frame(accuracy: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
@@ -160,7 +164,7 @@ def compare(run_dir: Path, rows: list, references: dict[str, tuple[str, str]], c
             continue
         estimate = paired_difference({i: ours[i] for i in shared}, {i: theirs[i] for i in shared})
         facts = {"reference": reference, "difference": estimate.mean, "unpaired": len(ours.keys() ^ theirs.keys())}
-        compared.append(columns | facts | estimate_columns(estimate.mean, estimate.stderr, len(shared), confidence))
+        compared.append(columns | facts | estimate_columns(estimate, confidence))
     return compared
 
 
@@ -214,7 +218,7 @@ def token_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
             facts = {name: float(lengths.quantile(share)) for name, share in QUANTILES.items()}
             facts |= {"mean": mean.mean, "n_completions": len(scores)}
             facts |= {"truncation_rate": sum(score.truncated for score in scores) / len(scores)}
-            rows.append(columns | facts | estimate_columns(mean.mean, mean.stderr, mean.n_problems, confidence))
+            rows.append(columns | facts | estimate_columns(mean, confidence))
     return pd.DataFrame(rows, columns=TOKENS)
 
 
@@ -225,8 +229,9 @@ def stress_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
         metrics = run[f"stress/{variant}"]["metrics"]
         for change, facts in sorted(metrics["changes"].items(), key=lambda item: looks.order(item[0])):
             columns = {"origin": looks.THIS_RUN, "model": model, "kind": kind, "benchmark": metrics["benchmark"]}
-            bounds = estimate_columns(facts["difference"], _number(facts["stderr"]), facts["n_problems"], confidence)
-            rows.append(columns | {"change": change} | facts | bounds)
+            n_problems = facts["n_problems"]
+            estimate = Estimate(facts["difference"], _number(facts["stderr"]), n_problems, n_problems)
+            rows.append(columns | {"change": change} | facts | estimate_columns(estimate, confidence))
     return pd.DataFrame(rows, columns=STRESS)
 
 

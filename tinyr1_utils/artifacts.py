@@ -33,7 +33,7 @@ REPORTED_PACKAGES = ("torch", "transformers", "trl", "deepspeed", "mergekit", "v
 
 @dataclass(frozen=True)
 class Stage:
-    """An open stage. `inputs` maps what was read to its SHA-256; `key` identifies parameters and inputs together."""
+    """An open stage. `inputs` maps what was read to its SHA-256; `key` says which interrupted run may be taken up."""
 
     name: str
     variant: str
@@ -176,6 +176,7 @@ def _forget_other_runs(folder: Path, key: str) -> None:
 def open_stage(parameters: StageParameters, inputs: Mapping[str, str] | None = None) -> Stage:
     """Open a stage: lock its folder, read its upstream manifests, take up what an interrupted identical run left.
 
+    A run that differs in nothing but `may_grow` (more samples, more problems) is taken up too.
     `inputs` adds digests of what is not an upstream stage (a backbone, data files). The old manifest goes at once,
     since from here on the folder is not done. Raises FileNotFoundError when an upstream stage is not done, OSError
     when the folder can not be written, RuntimeError when another process runs this stage.
@@ -189,7 +190,8 @@ def open_stage(parameters: StageParameters, inputs: Mapping[str, str] | None = N
     _writable(folder)
     require_space(folder, 64 * 2**20)
     lock = _take_lock(folder)
-    key = sha256_json({"stage": parameters.stage, "parameters": parameters.facts(), "inputs": digests})
+    fixed = {name: value for name, value in parameters.facts().items() if name not in parameters.may_grow}
+    key = sha256_json({"stage": parameters.stage, "parameters": fixed, "inputs": digests})
     (folder / MANIFEST).unlink(missing_ok=True)
     _forget_other_runs(folder, key)
     return Stage(

@@ -45,6 +45,8 @@ class StageParameters(BaseModel):
     notebook: ClassVar[str]
     # Where data lies and how fast a machine is does not change a result, so neither is part of a stage's facts.
     not_facts: ClassVar[frozenset[str]] = frozenset({"run_dir", "data_root"})
+    # Facts of which a larger number adds to what is there and changes none of it.
+    may_grow: ClassVar[frozenset[str]] = frozenset()
 
     run_dir: str
     variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -167,22 +169,32 @@ class MergeParameters(StageParameters):
 class GenerationParameters(StageParameters):
     """What evaluation and stress test share: a model, how it is sampled, and how its answers are graded."""
 
-    not_facts: ClassVar[frozenset[str]] = StageParameters.not_facts | {"workers", "gpu_memory_share"}
+    not_facts: ClassVar[frozenset[str]] = StageParameters.not_facts | {
+        "workers", "gpu_memory_share", "endpoint_url", "concurrency", "data_parallel",
+    }  # fmt: skip
+    may_grow: ClassVar[frozenset[str]] = frozenset({"limit", "n_samples"})
     model: str
     backbone: str
     data_root: str
     limit: NonNegative
-    n_samples: Positive
+    protocol: Literal["default", "tinyr1"] = "default"
+    choice_scoring: Literal["generated", "log_likelihood"] = "generated"
+    n_samples: NonNegative
     temperature: Annotated[float, Field(ge=0)]
     top_p: Annotated[float, Field(gt=0, le=1)]
     max_new_tokens: Positive
     max_seq_tokens: Positive
-    backend: Literal["vllm", "transformers"]
+    backend: Literal["vllm", "transformers", "endpoint"]
+    endpoint_url: str = ""
+    endpoint_model: str = ""
+    concurrency: Positive = 32
     dtype: Literal["bfloat16", "float32"]
     chunk_size: Chunk
     tensor_parallel: Positive
+    data_parallel: Positive = 1
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)]
     threads: Positive
+    isolation: Literal["bubblewrap", "none"] = "bubblewrap"
     time_limit_s: Annotated[float, Field(gt=0)]
     memory_mb: Positive
     workers: Positive
@@ -194,6 +206,16 @@ class GenerationParameters(StageParameters):
         if model != BACKBONE and not model.startswith(("sft/", "merge/")):
             raise ValueError(f"model {model!r} must be 'backbone', 'sft/<branch>' or 'merge/<recipe>'")
         return model
+
+    @model_validator(mode="after")
+    def endpoint_is_named(self) -> "GenerationParameters":
+        if (self.backend == "endpoint") != bool(self.endpoint_url):
+            raise ValueError(
+                "backend 'endpoint' and endpoint_url (http://host:port/v1) go together: set both or neither"
+            )
+        if self.choice_scoring == "log_likelihood" and self.backend == "endpoint":
+            raise ValueError("an endpoint gives no log-likelihoods of options: choose backend vllm or transformers")
+        return self
 
     def upstream(self) -> tuple[str, ...]:
         return () if self.model == BACKBONE else (self.model,)

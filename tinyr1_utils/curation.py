@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import pandas as pd
 
 from tinyr1_utils import sandbox
-from tinyr1_utils.answers import GraderError, extract_code, grade_text
+from tinyr1_utils.answers import extract_code, grade_text
 from tinyr1_utils.config import CurationParameters
 from tinyr1_utils.prompts import chat
 from tinyr1_utils.records import BrokenLine, Problem, Trace
-from tinyr1_utils.sources import Loaded, benchmark_names, load, source_named
+from tinyr1_utils.sources import Loaded, asked, load, source_named
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,10 @@ def judge_length(rows: list[Row], max_seq_tokens: int) -> Iterable[str]:
 
 
 def _text_reason(row: Row) -> str:
-    try:
-        correct, verdict, extracted = grade_text(row.problem, row.trace.text)
-    except GraderError as error:
-        return f"grader error: {error}"
-    return "" if correct else f"{verdict}: {extracted!r} instead of {row.problem.reference!r}"
+    verdict = grade_text(row.problem, row.trace.text)
+    if verdict.status == "grader_error":
+        return f"grader error: {verdict.detail}"
+    return "" if verdict.correct else f"{verdict.status}: {verdict.extracted!r} instead of {row.problem.reference!r}"
 
 
 def judge_verified(rows: list[Row], parameters: CurationParameters) -> Iterable[str]:
@@ -106,7 +105,7 @@ def judge_verified(rows: list[Row], parameters: CurationParameters) -> Iterable[
     A row that can not be checked (no reference, no tests) is kept or dropped as `unverifiable` says.
     """
     jobs = [
-        sandbox.Job(extract_code(row.trace.text) or "", row.problem.tests, row.problem.setup)
+        sandbox.Job.of(row.problem, extract_code(row.trace.text) or "")
         for row in rows
         if row.problem.answer_kind == "code" and row.problem.tests
     ]
@@ -179,7 +178,7 @@ def curate(loaded: Loaded, tokenizer, parameters: CurationParameters) -> Selecti
         raise ValueError(
             f"source {parameters.source!r} holds {source_named(parameters.source).domain}, not {parameters.domain}"
         )
-    benchmarks = {name: load(name, parameters.data_root).problems for name in benchmark_names(parameters.benchmarks)}
+    benchmarks = {name: load(name, parameters.data_root).problems for name in asked(parameters.benchmarks)}
     judges: dict[str, Judge] = {
         "complete": judge_complete,
         "length": lambda rows: judge_length(rows, parameters.max_seq_tokens),

@@ -5,21 +5,25 @@ Generation and grading are separate: completions are kept as they were sampled, 
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 
-from tinyr1_utils import sandbox
-from tinyr1_utils.adapters import STDIN_HARNESS
-from tinyr1_utils.answers import GraderError, extract_code, grade_text
-from tinyr1_utils.artifacts import Stage, output_folder
+from tinyr1_utils import lm_eval_harness, sandbox
+from tinyr1_utils.answers import extract_code, grade_text
+from tinyr1_utils.artifacts import Stage, output_folder, sha256_folder
 from tinyr1_utils.backbones import check_model_folder, resolve_backbone
 from tinyr1_utils.config import BACKBONE, GenerationParameters, from_root
-from tinyr1_utils.generation import ENGINES, sample
-from tinyr1_utils.metrics import clustered_mean
+from tinyr1_utils.endpoints import endpoint_model
+from tinyr1_utils.engines import Engine
+from tinyr1_utils.generation import sample, start_engine
+from tinyr1_utils.likelihood import likelihood_engine
+from tinyr1_utils.metrics import Estimate, clustered_mean, rate_interval, samples_needed
+from tinyr1_utils.prompts import shown
 from tinyr1_utils.records import Completion, Problem, Score, write_records
-from tinyr1_utils.sources import Loaded, benchmark_names, load, sample_counts, source_named
+from tinyr1_utils.sources import Loaded, asked, load, source_named
 
 
 def model_folder(parameters: GenerationParameters) -> Path:
@@ -30,17 +34,58 @@ def model_folder(parameters: GenerationParameters) -> Path:
     return check_model_folder(output_folder(from_root(parameters.run_dir), parameters.model, kind))
 
 
-def load_benchmarks(parameters, chosen: str) -> dict[str, Loaded]:
-    """Every benchmark named in `chosen` with its problems, at most `limit` of each."""
-    return {
-        name: load(name, parameters.data_root, parameters.limit, parameters.seed) for name in benchmark_names(chosen)
-    }
+def model_digest(parameters: GenerationParameters) -> str:
+    """What stands for the model among a stage's inputs: its folder's sha256, or the name that an endpoint gives it."""
+    if parameters.backend == "endpoint":
+        return f"endpoint:{endpoint_model(parameters)}"
+    return sha256_folder(model_folder(parameters))
 
 
-def lazy_engine(parameters: GenerationParameters) -> Callable:
-    """A function that starts the model's engine at its first call and returns the same one ever after."""
-    folder = model_folder(parameters)
-    return functools.cache(lambda: ENGINES[parameters.backend](folder, parameters))
+def load_benchmarks(parameters: GenerationParameters, chosen: str, on_line=print) -> dict[str, Loaded]:
+    """Every benchmark of `chosen` (see `sources.asked`) with its problems; none of those of lm-evaluation-harness.
+
+    Says how many rows of a file are left out and why. Raises ValueError where no problem is left.
+    """
+    found = {}
+    for name, part in asked(chosen, parameters.limit, parameters.n_samples).items():
+        if source_named(name).lm_eval[0]:
+            continue
+        found[name] = load(name, parameters.data_root, part.limit, parameters.seed)
+        said = [f"{line.file}, line {line.line_number}: {line.reason}" for line in found[name].broken[:1]]
+        if not found[name].problems:
+            raise ValueError(f"benchmark {name} has no usable problem{'; '.join(['', *said])}")
+        if said:
+            on_line(f"{name}: {len(found[name].broken)} rows are left out; {said[0]}")
+    return found
+
+
+def input_digests(parameters: GenerationParameters, chosen: str, benchmarks: Mapping[str, Loaded]) -> dict[str, str]:
+    """The digests of a stage's inputs: the model, and each benchmark's data or the harness's version."""
+    digests = {"model": model_digest(parameters)}
+    for name in asked(chosen):
+        harness = source_named(name).lm_eval[0]
+        digests[name] = lm_eval_harness.version() if harness else benchmarks[name].digest
+    return digests
+
+
+def served_folder(parameters: GenerationParameters) -> Path | None:
+    """The model's folder; None behind an endpoint, which has its own."""
+    return None if parameters.backend == "endpoint" else model_folder(parameters)
+
+
+def lazy_engine(parameters: GenerationParameters, problems: Iterable[Problem]) -> Callable[[], Engine]:
+    """A function that starts the model's engine at its first call and returns the same one ever after.
+
+    Raises ValueError where the options of a problem without options are to be scored by their log-likelihood.
+    """
+    folder = served_folder(parameters)
+    if parameters.choice_scoring == "generated":
+        return functools.cache(lambda: start_engine(folder, parameters))
+    options = {problem.id: len(problem.options) for problem in problems}
+    for identifier, number in options.items():
+        if number < 2:
+            raise ValueError(f"problem {identifier} has no options, which choice_scoring 'log_likelihood' needs")
+    return functools.cache(lambda: likelihood_engine(folder, parameters, options))
 
 
 def _score(completion: Completion, correct: bool, verdict: str, extracted: str) -> Score:
@@ -51,11 +96,18 @@ def _score(completion: Completion, correct: bool, verdict: str, extracted: str) 
     )  # fmt: skip
 
 
-def runnable(problem: Problem, program: str | None) -> str | None:
-    """The program as the sandbox runs it: one that reads stdin is kept as text, for the tests to run on each input."""
-    if program and problem.metadata.get("calls") == "stdin":
-        return f"_SOURCE = {program!r}\n{STDIN_HARNESS}"
-    return program
+def code_limits(problem: Problem, protocol: str) -> dict[str, float]:
+    """The time limits that belong to a problem's benchmark, for the sandbox; empty where the config's hold.
+
+    LiveCodeBench (testing_util.py and compute_code_generation_metrics.py upstream): 6 s a test and 7 s x tests + 5 s in
+    all. The public TinyR1 scripts: 18 s a test and 19 s x tests + 5 s in all, but never more than 60 s.
+    """
+    if problem.source != "livecodebench":
+        return {}
+    count = len(problem.tests)
+    if protocol == "tinyr1":
+        return {"test_limit_s": 18.0, "time_limit_s": min(60.0, 19.0 * count + 5)}
+    return {"test_limit_s": 6.0, "time_limit_s": 7.0 * count + 5}
 
 
 def grade_code(
@@ -68,8 +120,9 @@ def grade_code(
     jobs = []
     for completion in completions:
         problem = problems[completion.problem_id]
-        program = runnable(problem, extract_code(completion.text))
-        jobs.append(sandbox.Job(program, problem.tests, problem.setup) if program else None)
+        program = extract_code(completion.text)
+        limits = code_limits(problem, parameters.protocol)
+        jobs.append(sandbox.Job.of(problem, program, **limits) if program else None)
     distinct = list(dict.fromkeys(job for job in jobs if job))
     step = max(1, len(distinct) // 4)
     verdicts = sandbox.run_many(
@@ -77,6 +130,7 @@ def grade_code(
         parameters.workers,
         time_limit_s=parameters.time_limit_s,
         memory_mb=parameters.memory_mb,
+        isolation=parameters.isolation,
         on_progress=lambda done, total: on_line(f"graded {done} of {total} programs") if done % step == 0 else None,
     )
     status = {job: verdict.status for job, verdict in zip(distinct, verdicts, strict=True)} | {None: "no_answer"}
@@ -88,10 +142,9 @@ def grade_code(
 
 def grade_one(problem: Problem, completion: Completion) -> Score:
     """One text completion's score. A grader that could not decide is its own verdict, so that it can be counted."""
-    try:
-        return _score(completion, *grade_text(problem, completion.text))
-    except GraderError as error:
-        return _score(completion, False, "grader_error", str(error))
+    verdict = grade_text(problem, completion.text)
+    kept = verdict.detail if verdict.status == "grader_error" else verdict.extracted
+    return _score(completion, verdict.correct, verdict.status, kept)
 
 
 def grade(
@@ -101,7 +154,9 @@ def grade(
     by_id = {problem.id: problem for problem in problems}
     if problems[0].answer_kind == "code":
         return grade_code(by_id, completions, parameters, on_line)
-    return [grade_one(by_id[completion.problem_id], completion) for completion in completions]
+    with ThreadPoolExecutor(parameters.workers) as pool:  # each thread has math-verify in a process of its own
+        seen = [shown(by_id[c.problem_id], parameters.seed, c.sample_index) for c in completions]
+        return list(pool.map(grade_one, seen, completions))
 
 
 def by_problem(scores: Sequence[Score]) -> dict[str, list[float]]:
@@ -112,9 +167,17 @@ def by_problem(scores: Sequence[Score]) -> dict[str, list[float]]:
     return dict(grouped)
 
 
-def summarise(scores: Sequence[Score], domain: str) -> dict[str, float | int | str]:
-    """pass@1 with its clustered standard error, truncation rate, mean output tokens: a benchmark's metrics."""
-    estimate = clustered_mean(list(by_problem(scores).values()))
+def summarise(scores: Sequence[Score], domain: str) -> dict[str, float | int | str | None]:
+    """A benchmark's metrics: pass@1 with its clustered standard error, rates of what went wrong, mean output tokens.
+
+    `samples_for_1_point` is `metrics.samples_needed` for +-1 point at 95 %; None where a problem has one sample.
+    """
+    grouped = list(by_problem(scores).values())
+    estimate = clustered_mean(grouped)
+
+    def rate(verdict: str) -> float:
+        return round(sum(score.verdict == verdict for score in scores) / len(scores), 6)
+
     return {
         "domain": domain,
         "n_problems": estimate.n_problems,
@@ -122,28 +185,57 @@ def summarise(scores: Sequence[Score], domain: str) -> dict[str, float | int | s
         "pass_at_1": round(estimate.mean, 6),
         "stderr": round(estimate.stderr, 6),
         "truncation_rate": round(sum(score.truncated for score in scores) / len(scores), 6),
-        "no_answer_rate": round(sum(score.verdict == "no_answer" for score in scores) / len(scores), 6),
+        "no_answer_rate": rate("no_answer"),
+        "grader_error_rate": rate("grader_error"),
         "output_tokens": round(sum(score.output_tokens for score in scores) / len(scores), 2),
+        "samples_for_1_point": samples_needed(grouped) if min(map(len, grouped)) > 1 else None,
     }
+
+
+def _asked_and_graded(
+    name: str, problems: Sequence[Problem], path: Path, parameters: GenerationParameters, engine: Callable, on_line
+) -> list[Score]:
+    """The scores of one benchmark's completions. Text is graded chunk by chunk, with a line on pass@1 so far.
+
+    Programs are graded together at the end: between two chunks, a GPU would wait for them.
+    """
+    scores: dict[tuple[str, int], Score] = {}
+
+    def grade_chunk(completions: list[Completion]) -> None:
+        for score in grade(problems, completions, parameters, on_line):
+            scores[score.problem_id, score.sample_index] = score
+        estimate = clustered_mean(list(by_problem(list(scores.values())).values()))
+        low, high = rate_interval(estimate)
+        on_line(f"{name}: pass@1 {estimate.mean:.3f} [{low:.3f}, {high:.3f}] so far, {len(scores)} graded")
+
+    is_code = problems[0].answer_kind == "code"
+    on_chunk = (lambda completions: None) if is_code else grade_chunk
+    completions = sample(served_folder(parameters), problems, path, parameters, engine, on_line, on_chunk)
+    if is_code:
+        return grade(problems, completions, parameters, on_line)
+    return [scores[completion.problem_id, completion.sample_index] for completion in completions]
 
 
 def evaluate(stage: Stage, benchmarks: Mapping[str, Loaded], on_line=print) -> dict[str, dict]:
     """Sample and grade every benchmark of a stage; returns the metrics per benchmark for its manifest.
 
-    Writes completions-<benchmark>.jsonl (append-only, resumed) and scores-<benchmark>.jsonl.
+    Writes completions-<benchmark>.jsonl (append-only, resumed) and scores-<benchmark>.jsonl. Grading is done anew in
+    every call: it is deterministic but for time limits.
     """
     parameters, metrics = stage.parameters, {}
-    if any(loaded.problems[0].answer_kind == "code" for loaded in benchmarks.values()):
+    if parameters.isolation != "none" and any(part.problems[0].answer_kind == "code" for part in benchmarks.values()):
         sandbox.probe()
-    engine, folder = lazy_engine(parameters), model_folder(parameters)
-    counts = sample_counts(parameters.benchmarks, parameters.n_samples)
-    for name, loaded in benchmarks.items():
-        settings = parameters.model_copy(update={"n_samples": counts[name]})
-        path = stage.path(f"completions-{name}.jsonl")
-        completions = sample(folder, loaded.problems, path, settings, engine, on_line)
-        scores = grade(loaded.problems, completions, parameters, on_line)
+    engine = lazy_engine(parameters, [problem for part in benchmarks.values() for problem in part.problems])
+    for name, part in asked(parameters.benchmarks, parameters.limit, parameters.n_samples).items():
+        path, source = stage.path(f"completions-{name}.jsonl"), source_named(name)
+        settings = parameters.model_copy(update={"n_samples": part.n_samples, "limit": part.limit})
+        if source.lm_eval[0]:
+            completions, scores = lm_eval_harness.run_task(name, source, model_folder(parameters), settings, on_line)
+            write_records(path, completions)
+        else:
+            scores = _asked_and_graded(name, benchmarks[name].problems, path, settings, engine, on_line)
         write_records(stage.path(f"scores-{name}.jsonl"), scores)
-        metrics[name] = summarise(scores, source_named(name).domain)
+        metrics[name] = summarise(scores, source.domain)
         on_line(f"{name}: pass@1 {metrics[name]['pass_at_1']:.3f} +- {metrics[name]['stderr']:.3f}")
     return metrics
 
@@ -158,7 +250,7 @@ def benchmark_frame(benchmarks: Mapping[str, Loaded]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["benchmark", "domain", "problems", "answer_kind", "unreadable", "licence"])
 
 
-def verdict_frame(stage: Stage, benchmarks: Mapping[str, Loaded]) -> pd.DataFrame:
+def verdict_frame(stage: Stage, benchmarks: Iterable[str]) -> pd.DataFrame:
     """Share of each verdict per benchmark, from the scores on disk; truncated completions are named as such."""
     parts = []
     for name in benchmarks:
@@ -168,6 +260,12 @@ def verdict_frame(stage: Stage, benchmarks: Mapping[str, Loaded]) -> pd.DataFram
     return pd.DataFrame(parts).fillna(0).round(3)
 
 
-def metrics_frame(metrics: Mapping[str, Mapping]) -> pd.DataFrame:
-    """The metrics of one model, a row per benchmark."""
-    return pd.DataFrame.from_dict(metrics, orient="index").rename_axis("benchmark").reset_index()
+def metrics_frame(metrics: Mapping[str, Mapping], confidence: float = 0.95) -> pd.DataFrame:
+    """The metrics of one model, a row per benchmark, and the interval of pass@1 as `low` and `high`."""
+    rows = []
+    for name, facts in metrics.items():
+        n_problems = facts["n_problems"]
+        estimate = Estimate(facts["pass_at_1"], facts["stderr"], n_problems, n_problems * facts["n_samples"])
+        low, high = rate_interval(estimate, confidence)
+        rows.append({"benchmark": name} | dict(facts) | {"low": low, "high": high})
+    return pd.DataFrame(rows)

@@ -1,36 +1,27 @@
-"""Owns completions: problems and a model folder in, append-only sampled completions out. Grades nothing.
+"""Owns completions: problems and a model in, append-only sampled completions out. Grades nothing.
 
-One function, `sample`, over two engines: vLLM (GPU, or its CPU build) and transformers' `generate`.
+One function, `sample`, over the engines of `engines` (vLLM, transformers) and `endpoints` (servers).
 """
 
+import contextlib
+import csv
+import functools
 import hashlib
+import json
 import os
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tinyr1_utils.config import GenerationParameters
-from tinyr1_utils.prompts import chat
+from tinyr1_utils.endpoints import endpoint_engine, server_engine
+from tinyr1_utils.engines import ENGINES, Engine, Request
+from tinyr1_utils.prompts import chat, shown
 from tinyr1_utils.records import Completion, Problem, read_records, to_json, write_records
 
-
-@dataclass(frozen=True)
-class Request:
-    """One sample to draw: its key, the rendered prompt's tokens and its own seed."""
-
-    problem_id: str
-    sample_index: int
-    prompt_ids: list[int]
-    seed: int
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.problem_id, self.sample_index
-
-
-Engine = Callable[[Sequence[Request]], list[Completion]]
+REPORT_S = 5.0  # between two lines of progress inside a chunk
+# What the tokenizers of transformers and of tokenizer.json are compared on: what pre-tokenizers treat differently.
+PROBE = "In 2024, 3.14+-12345*67=0? I'll can't   two  spaces\n\n\tdef f(x):\r\n return \"é ü 漢字 🙂\" \\boxed{7}"
 
 
 def sample_seed(seed: int, problem_id: str, sample_index: int) -> int:
@@ -39,189 +30,214 @@ def sample_seed(seed: int, problem_id: str, sample_index: int) -> int:
     return int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
 
 
+def render(tokenizer, messages: Sequence[dict[str, str]]) -> str:
+    """The prompt by the model's chat template. ValueError when the template refuses or drops the system turn."""
+    from jinja2 import TemplateError
+
+    remedy = f"the chat template of {tokenizer.name_or_path} takes no such conversation"
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"{remedy} ({error}): use a protocol without a system turn, or another template") from None
+    if messages[0]["role"] == "system" and messages[0]["content"].strip() not in text:
+        raise ValueError(f"{remedy} (it drops the system turn): use a protocol without one, or another template")
+    return text
+
+
+def prompt_ids(tokenizer, messages: Sequence[dict[str, str]], max_seq_tokens: int, problem_id: str) -> list[int]:
+    """The prompt's tokens. ValueError when they leave no room for an answer."""
+    ids = tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
+    if len(ids) >= max_seq_tokens:
+        raise ValueError(
+            f"the prompt of {problem_id} has {len(ids)} tokens, max_seq_tokens is {max_seq_tokens}: raise it"
+        )
+    return ids
+
+
 def requests(problems: Sequence[Problem], tokenizer, parameters: GenerationParameters) -> list[Request]:
-    """Every (problem, sample) in order. Raises ValueError for a prompt that leaves no room for an answer."""
+    """Every (problem, sample) in order. Without a tokenizer the prompts are left to the server that renders them.
+
+    Raises ValueError for a prompt that leaves no room for an answer or that the chat template refuses.
+    """
     drawn = []
     for problem in problems:
-        text = tokenizer.apply_chat_template(chat(problem), tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) >= parameters.max_seq_tokens:
-            raise ValueError(
-                f"the prompt of {problem.id} has {len(ids)} tokens, max_seq_tokens is {parameters.max_seq_tokens}: "
-                "raise it"
-            )
+        rendered: dict[tuple[str, ...], list[int]] = {}  # the samples of a problem mostly share their prompt
         for index in range(parameters.n_samples):
-            drawn.append(Request(problem.id, index, ids, sample_seed(parameters.seed, problem.id, index)))
+            messages = tuple(chat(shown(problem, parameters.seed, index), parameters.protocol))
+            text = tuple(message["content"] for message in messages)
+            if tokenizer is not None and text not in rendered:
+                rendered[text] = prompt_ids(tokenizer, messages, parameters.max_seq_tokens, problem.id)
+            seed = sample_seed(parameters.seed, problem.id, index)
+            drawn.append(Request(problem.id, index, messages, rendered.get(text, []), seed))
     return drawn
 
 
-def vllm_engine(model: Path, parameters: GenerationParameters) -> Engine:
-    """vLLM in this process. On CPU without its worker process and without compilation: start-up 5 s, not 50 s."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    import torch
-
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        # Several notebooks share a machine: leave their threads to the scheduler instead of binding all to core 0.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    warnings.filterwarnings("ignore", message="(?s).*(reduce_op|IProgress)")  # of vLLM's imports, in every notebook
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(
-        model=str(model),
-        dtype=parameters.dtype,
-        max_model_len=parameters.max_seq_tokens,
-        tensor_parallel_size=parameters.tensor_parallel,
-        gpu_memory_utilization=parameters.gpu_memory_share,
-        enforce_eager=on_cpu,
-        enable_prefix_caching=not on_cpu,
-        # A prompt split over two steps makes vLLM rewind its request's generator, which a CPU generator can not do.
-        enable_chunked_prefill=not on_cpu,
-        seed=parameters.seed,
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        generation_config="vllm",
-    )
-    if on_cpu:
-        # vLLM's CPU worker replaces torch.set_num_threads by a function that does nothing; this is the one beneath.
-        torch._C.set_num_threads(parameters.threads)
-
-    def complete(chunk: Sequence[Request]) -> list[Completion]:
-        settings = [
-            SamplingParams(
-                temperature=parameters.temperature,
-                top_p=parameters.top_p,
-                max_tokens=min(parameters.max_new_tokens, parameters.max_seq_tokens - len(request.prompt_ids)),
-                seed=request.seed,
-            )
-            for request in chunk
-        ]
-        prompts = [{"prompt_token_ids": request.prompt_ids} for request in chunk]
-        outputs = llm.generate(prompts, settings, use_tqdm=False)
-        return [
-            Completion(
-                *request.key, out.outputs[0].text, str(out.outputs[0].finish_reason), len(request.prompt_ids),
-                len(out.outputs[0].token_ids),
-            )
-            for request, out in zip(chunk, outputs, strict=True)
-        ]  # fmt: skip
-
-    return complete
-
-
-def transformers_engine(model: Path, parameters: GenerationParameters) -> Engine:
-    """transformers' `generate`, one request at a time, since its sampler knows one seed per call: slow but exact."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(parameters.threads)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, parameters.dtype)).to(device).eval()
-
-    def complete(chunk: Sequence[Request]) -> list[Completion]:
-        completions = []
-        for request in chunk:
-            torch.manual_seed(request.seed)
-            ids = torch.tensor([request.prompt_ids], device=device)
-            room = min(parameters.max_new_tokens, parameters.max_seq_tokens - len(request.prompt_ids))
-            sampling = {"do_sample": True, "temperature": parameters.temperature, "top_p": parameters.top_p, "top_k": 0}
-            with torch.inference_mode():
-                out = network.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=room,
-                    pad_token_id=tokenizer.pad_token_id,
-                    **(sampling if parameters.temperature else {"do_sample": False}),
-                )
-            new = out[0, len(request.prompt_ids) :].tolist()
-            ended = bool(new) and new[-1] in _end_tokens(network, tokenizer)
-            text = tokenizer.decode(new, skip_special_tokens=True)
-            reason = "stop" if ended else "length"
-            completions.append(Completion(*request.key, text, reason, len(request.prompt_ids), len(new)))
-        return completions
-
-    return complete
-
-
-def _end_tokens(network, tokenizer) -> set[int]:
-    configured = network.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return {token for token in [*ids, tokenizer.eos_token_id] if token is not None}
-
-
-ENGINES: dict[str, Callable[[Path, GenerationParameters], Engine]] = {
-    "vllm": vllm_engine,
-    "transformers": transformers_engine,
-}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
 
 
 def load_tokenizer(model: Path):
-    """The model's tokenizer. Raises ValueError when it carries no chat template."""
+    """The model's tokenizer. Raises ValueError when it has no chat template or splits text otherwise than its file.
+
+    A folder whose files have not changed is read once: reading takes a second, and every benchmark asks.
+    """
+    files = [Path(model) / name for name in TOKENIZER_FILES]
+    return _read_tokenizer(str(model), tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_tokenizer(model: str, stamps: tuple[int, ...]):
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer, file = AutoTokenizer.from_pretrained(model), Path(model) / "tokenizer.json"
     if not tokenizer.chat_template:
         raise ValueError(f"{model} has no chat template: copy chat_template.jinja from the model it was trained from")
+    if file.is_file():
+        # transformers builds the tokenizers of some model types anew from their vocabulary, whatever the file says.
+        plain = Tokenizer.from_file(str(file)).encode(PROBE, add_special_tokens=False).ids
+        if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != plain:
+            model_type = json.loads(file.with_name("config.json").read_text(encoding="utf-8")).get("model_type")
+            raise ValueError(
+                f"{model}: transformers reads its tokenizer as {type(tokenizer).__name__}, which splits text otherwise "
+                f"than tokenizer.json does: correct tokenizer_class in tokenizer_config.json, or the model_type "
+                f"{model_type!r} in config.json, to what tokenizer.json belongs to"
+            )
     return tokenizer
 
 
-def _finished_chunks(path: Path, chunks: list[list[Request]]) -> list[Completion]:
-    """Completions of the leading chunks that are whole in the file; the rest (a killed run's) is set aside."""
-    if not path.is_file():
-        return []
-    found, broken = read_records(path, Completion)
-    kept: list[Completion] = []
-    for chunk in chunks:
-        part = found[len(kept) : len(kept) + len(chunk)]
-        if [(c.problem_id, c.sample_index) for c in part] != [request.key for request in chunk]:
-            break
-        kept += part
-    if broken:
-        print(f"{path.name}, line {broken[0].line_number}: {broken[0].reason}; sampled again", flush=True)
-    if len(kept) < len(found) or broken:
-        write_records(path, kept)
-    return kept
+def start_engine(model: Path | None, parameters: GenerationParameters) -> Engine:
+    """The engine that `backend` names; an endpoint needs no model folder. One engine serves every benchmark."""
+    if parameters.backend == "endpoint":
+        return endpoint_engine(parameters)
+    if parameters.backend == "vllm" and parameters.data_parallel > 1:
+        return server_engine(model, parameters)
+    return ENGINES[parameters.backend](model, parameters)
+
+
+class _Completions:
+    """The completions file of one benchmark: what it holds of the wanted keys, and appending to it.
+
+    A row counts by its key, wherever it stands. `settle` leaves exactly the wanted rows, in their order.
+    """
+
+    def __init__(self, path: Path, wanted: Sequence[Request]):
+        self.path, self.wanted = path, [request.key for request in wanted]
+        self.speed = path.with_suffix(".speed.csv")
+        rows = self._read()
+        self.order = [(row.problem_id, row.sample_index) for row in rows]
+        known = set(self.wanted)
+        self.kept = {key: row for key, row in reversed(list(zip(self.order, rows, strict=True))) if key in known}
+
+    def _read(self) -> list[Completion]:
+        """Every whole row. A half-written line of a killed run or a full disk is taken out of the file."""
+        if not self.path.is_file():
+            return []
+        rows, broken = read_records(self.path, Completion)
+        if broken:
+            print(f"{self.path.name}, line {broken[0].line_number}: {broken[0].reason}; sampled again", flush=True)
+        if broken or (rows and not self.path.read_bytes().endswith(b"\n")):
+            with self._named_errors():
+                write_records(self.path, rows)
+        return rows
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"{self.path} can not be written ({error.strerror or error}): free some space and run the stage "
+                "again; the completions that are in the file are kept"
+            ) from None
+
+    def append(self, completions: Sequence[Completion]) -> None:
+        """Add rows at the end; a process that is killed from here on loses none of them."""
+        with self._named_errors(), open(self.path, "a", encoding="utf-8") as stream:
+            stream.write("".join(to_json(completion) + "\n" for completion in completions))
+        for completion in completions:
+            self.order.append((completion.problem_id, completion.sample_index))
+            self.kept[self.order[-1]] = completion
+
+    def close_chunk(self, chunk: int, completions: Sequence[Completion], seconds: float) -> None:
+        """Bring a chunk's rows to the disk and note its speed, in a file beside that is no part of a stage's facts."""
+        tokens = sum(completion.output_tokens for completion in completions)
+        with self._named_errors():
+            with open(self.path, "rb") as stream:
+                os.fsync(stream.fileno())
+            new = not self.speed.is_file()
+            with open(self.speed, "a", newline="", encoding="utf-8") as stream:
+                rows = [("chunk", "completions", "output_tokens", "seconds")] if new else []
+                csv.writer(stream).writerows([*rows, (chunk, len(completions), tokens, round(seconds, 3))])
+
+    def settle(self) -> list[Completion]:
+        """The wanted completions in order, as which the file is written anew where it holds others or another order."""
+        completions = [self.kept[key] for key in self.wanted]
+        if self.order != self.wanted:
+            with self._named_errors():
+                write_records(self.path, completions)
+        return completions
+
+
+class _Progress:
+    """Lines such as `completions-x.jsonl: 400 of 1200 completions  900 tokens/s  80 s left`, of this call's work."""
+
+    def __init__(self, name: str, total: int, done: int, tell: Callable[[str], None]):
+        self.name, self.total, self.before, self.tell = name, total, done, tell
+        self.done, self.tokens, self.started = done, 0, time.monotonic()
+        self.told = self.started
+
+    def add(self, completions: Sequence[Completion], chunk_end: int) -> None:
+        """Count what came, and say so at the end of a chunk or some seconds after the last line."""
+        self.done += len(completions)
+        self.tokens += sum(completion.output_tokens for completion in completions)
+        now = time.monotonic()
+        if self.done < chunk_end and now - self.told < REPORT_S:
+            return
+        self.told, seconds = now, now - self.started
+        left = (self.total - self.done) * seconds / (self.done - self.before)
+        self.tell(
+            f"{self.name}: {self.done} of {self.total} completions  {self.tokens / seconds:,.0f} tokens/s  "
+            f"{left:.0f} s left"
+        )
 
 
 def sample(
-    model: Path,
+    model: Path | None,
     problems: Sequence[Problem],
     path: Path,
     parameters: GenerationParameters,
     engine: Callable[[], Engine],
     on_progress: Callable[[str], None] = print,
+    on_chunk: Callable[[list[Completion]], None] = lambda completions: None,
 ) -> list[Completion]:
     """Draw every completion that `path` does not hold yet, append it, and return all in order.
 
-    Work goes in chunks of a fixed composition and a chunk is written whole, so a killed run that is started again
-    batches the same requests together and, at a fixed thread count, ends with the same bytes. `engine` is called only
-    when something is left to sample.
+    Work goes in chunks of a fixed composition. What an engine has done is written at once: vLLM a whole chunk in one
+    go, so that a killed run that is started again batches the same requests together and, at a fixed thread count on
+    CPU, ends with the same bytes; an endpoint and transformers each completion. Rows count by their key: more samples
+    or problems leave those that are there as they are. `engine` is called only when something is left to sample,
+    `on_chunk` with what is there already and then with each finished chunk. `model` is not read for an endpoint.
+    Raises OSError when the disk is full, ValueError for a prompt that is too long.
     """
-    drawn = requests(problems, load_tokenizer(model), parameters)
-    chunks = [drawn[i : i + parameters.chunk_size] for i in range(0, len(drawn), parameters.chunk_size)]
-    completions = _finished_chunks(path, chunks)
-    done = before = len(completions)
-    if done:
-        on_progress(f"{path.name}: {done} of {len(drawn)} completions are there already")
-    complete = engine() if done < len(drawn) else None
-    started, tokens = time.monotonic(), 0
-    while done < len(drawn):
-        chunk = drawn[done : done + parameters.chunk_size]
-        new = complete(chunk)
-        with open(path, "a", encoding="utf-8") as stream:
-            stream.write("".join(to_json(completion) + "\n" for completion in new))
-            stream.flush()
-            os.fsync(stream.fileno())
-        completions += new
-        done += len(new)
-        tokens += sum(completion.output_tokens for completion in new)
-        seconds = time.monotonic() - started
-        left = (len(drawn) - done) * seconds / (done - before)
-        on_progress(
-            f"{path.name}: {done} of {len(drawn)} completions  {tokens / seconds:,.0f} tokens/s  {left:.0f} s left"
-        )
-    return completions
+    tokenizer = None if parameters.backend == "endpoint" else load_tokenizer(model)
+    drawn = requests(problems, tokenizer, parameters)
+    file = _Completions(path, drawn)
+    if file.kept:
+        on_progress(f"{path.name}: {len(file.kept)} of {len(drawn)} completions are there already")
+        on_chunk([file.kept[request.key] for request in drawn if request.key in file.kept])
+    complete = engine() if len(file.kept) < len(drawn) else None
+    progress = _Progress(path.name, len(drawn), len(file.kept), on_progress)
+    for number, start in enumerate(range(0, len(drawn), parameters.chunk_size)):
+        chunk = [request for request in drawn[start : start + parameters.chunk_size] if request.key not in file.kept]
+        if not chunk:
+            continue
+        chunk_end, started = progress.done + len(chunk), time.monotonic()
+
+        def keep(done: Sequence[Completion], chunk_end: int = chunk_end) -> None:
+            file.append(done)
+            progress.add(done, chunk_end)
+
+        completions = complete(chunk, keep)
+        file.close_chunk(number, completions, time.monotonic() - started)
+        on_chunk(completions)
+    return file.settle()

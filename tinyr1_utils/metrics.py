@@ -59,16 +59,55 @@ def clustered_mean(values_by_problem: Sequence[Sequence[float]]) -> Estimate:
     return _estimate(_problem_means(values_by_problem), sum(len(samples) for samples in values_by_problem))
 
 
-def interval(estimate: Estimate, confidence: float = 0.95) -> tuple[float, float]:
-    """The normal interval mean +- z * stderr, (low, high); NaN where the standard error is.
-
-    It is not clipped to [0, 1], so that it also serves differences. It is of no width where all problems agree, and
-    too narrow for a few problems or for means near 0 or 1.
-    """
+def _quantile(confidence: float, n_problems: int) -> float:
+    """Student's t with one degree of freedom less than problems; NaN for a single problem."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
-    half = float(stats.norm.ppf(0.5 + confidence / 2)) * estimate.stderr
+    return float(stats.t.ppf(0.5 + confidence / 2, n_problems - 1)) if n_problems > 1 else math.nan
+
+
+def interval(estimate: Estimate, confidence: float = 0.95) -> tuple[float, float]:
+    """The t interval mean +- t * stderr, (low, high), for means of any kind and for differences; NaN as stderr is.
+
+    n_problems - 1 degrees of freedom. It has no width where all problems agree: a rate has `rate_interval`.
+    """
+    half = _quantile(confidence, estimate.n_problems) * estimate.stderr
     return estimate.mean - half, estimate.mean + half
+
+
+def rate_interval(estimate: Estimate, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a rate such as pass@1, with the effective number of samples, (low, high) within [0, 1].
+
+    The effective number is mean * (1 - mean) / stderr^2 (the design effect of clusters), at most `n_samples`, and
+    `n_problems` where all problems agree, so that 0 of 100 is not 0 +- 0. t quantile as in `interval`. Unlike
+    mean +- 2 * stderr it holds its coverage for few problems and for rates near 0 or 1: Franco, Little, Louis and
+    Slud 2019, Journal of Survey Statistics and Methodology 7 (3), "Wilson". NaN for one problem.
+    """
+    mean, spread = estimate.mean, estimate.mean * (1 - estimate.mean)
+    exact = spread <= 0 or estimate.stderr == 0
+    effective = estimate.n_problems if exact else min(spread / estimate.stderr**2, estimate.n_samples)
+    share = _quantile(confidence, estimate.n_problems) ** 2 / effective
+    centre = (mean + share / 2) / (1 + share)
+    half = math.sqrt(share * max(spread, 0.0) + share**2 / 4) / (1 + share)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def samples_needed(
+    values_by_problem: Sequence[Sequence[float]], half_width: float = 0.01, confidence: float = 0.95
+) -> int:
+    """Samples of each problem after which the interval of the benchmark's own mean is no wider than +-`half_width`.
+
+    The problems are taken as given: only sampling varies, z^2 * sum(variance of a problem) / (n * half_width)^2 with
+    the unbiased variance within each problem. It answers how often to sample AIME's thirty problems, not how far thirty
+    problems speak for others. Raises ValueError where a problem has fewer than two samples.
+    """
+    if min(len(samples) for samples in values_by_problem) < 2:
+        raise ValueError("how many samples are needed can be told only from two or more samples of every problem")
+    if half_width <= 0:
+        raise ValueError(f"half_width must be above 0, not {half_width}")
+    within = sum(float(np.var(samples, ddof=1)) for samples in values_by_problem)
+    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    return max(1, math.ceil(z**2 * within / (len(values_by_problem) * half_width) ** 2))
 
 
 def _differences(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> np.ndarray:
@@ -100,3 +139,27 @@ def sign_test(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]
     differences = _differences(a, b)
     better, worse = int(np.sum(differences > 1e-12)), int(np.sum(differences < -1e-12))
     return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def paired_bootstrap(
+    a: Mapping[str, Sequence[float]],
+    b: Mapping[str, Sequence[float]],
+    confidence: float = 0.95,
+    n_resamples: int = 9999,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of mean(a) - mean(b), problems drawn with replacement in pairs, (low, high).
+
+    Efron and Tibshirani 1993, chapter 13. Assumes no distribution, where `interval` of `paired_difference` takes t.
+    Deterministic for a seed. NaN for one problem.
+    """
+    differences = _differences(a, b)
+    if len(differences) < 2:
+        return math.nan, math.nan
+    if np.ptp(differences) == 0:
+        return float(differences[0]), float(differences[0])
+    drawn = stats.bootstrap(
+        (differences,), np.mean, confidence_level=confidence, n_resamples=n_resamples, method="percentile",
+        rng=np.random.default_rng(seed), batch=1000,
+    )  # fmt: skip
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 DOMAINS = ("math", "code", "science")
+GENERAL = "general"  # of benchmarks that no branch is trained for
 LETTERS = "ABCDEFGHIJ"
 ANSWER_KINDS = ("number", "expression", "choice", "true_false", "code")
 
@@ -20,7 +21,8 @@ class Problem:
     """One question with a reference that a grader can check.
 
     `options` holds the choices of a `choice` problem in the order shown (A, B, ...); `reference` is then the letter.
-    `tests` holds Python assert statements of a `code` problem and `setup` what must run before them.
+    `tests` holds Python assert statements of a `code` problem and `setup` what must run before its program; where
+    `metadata["calls"]` is "stdin", each test is a JSON object of the `input` and `output` of a run.
     `metadata` holds what only the source knows (a level, a worked specification) and is never shown to a model.
     """
 
@@ -36,8 +38,9 @@ class Problem:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.domain not in DOMAINS:
-            raise ValueError(f"problem {self.id}: unknown domain {self.domain!r}; one of {', '.join(DOMAINS)}")
+        if self.domain not in (*DOMAINS, GENERAL):
+            known = ", ".join((*DOMAINS, GENERAL))
+            raise ValueError(f"problem {self.id}: unknown domain {self.domain!r}; one of {known}")
         if self.answer_kind not in ANSWER_KINDS:
             raise ValueError(
                 f"problem {self.id}: unknown answer_kind {self.answer_kind!r}; one of {', '.join(ANSWER_KINDS)}"

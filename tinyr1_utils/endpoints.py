@@ -1,0 +1,298 @@
+"""Owns the engines behind a server: any OpenAI-compatible endpoint, and a vLLM server of our own for many GPUs.
+
+Writes no completions: that is `generation`. The key of an endpoint appears in no message.
+"""
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tinyr1_utils.config import GenerationParameters, nearest
+from tinyr1_utils.engines import Engine, Keep, Request, check_gpus, room, vllm_environment, vllm_settings
+from tinyr1_utils.launch import search_path
+from tinyr1_utils.records import Completion
+
+RETRIES = 8  # of a request that met 429, 5xx or a time-out; the client waits 0.5 s, then twice as long, up to 8 s
+REQUEST_LIMIT_S = 3600.0  # a long completion on a busy server answers late
+START_LIMIT_S = 1800.0  # a large model is read and compiled first
+IN_FLIGHT = 1024  # requests to a server of our own, per engine: more than an engine batches
+
+
+class _Loop:
+    """An event loop in a thread of its own, since a notebook's own loop is busy running the cell."""
+
+    def __init__(self):
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    def finish(self, work: Coroutine) -> Any:
+        """The coroutine's result. An interrupt of this thread cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+def _concurrent(loop: _Loop, draw: Callable[[Request], Awaitable[Completion]], at_a_time: int) -> Engine:
+    """An engine that draws request by request, some in flight at a time; the first error cancels the others."""
+
+    def complete(chunk: Sequence[Request], keep: Keep = lambda done: None) -> list[Completion]:
+        async def one(request: Request, slots: asyncio.Semaphore) -> Completion:
+            async with slots:
+                completion = await draw(request)
+            keep([completion])
+            return completion
+
+        async def every() -> list[Completion]:
+            slots = asyncio.Semaphore(at_a_time)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(one(request, slots)) for request in chunk]
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+            return [task.result() for task in tasks]
+
+        return loop.finish(every())
+
+    return complete
+
+
+def _client(url: str, **options: Any):
+    """OpenAI's client. The key is OPENAI_API_KEY, or `none` for servers that ask for none."""
+    import openai
+
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"endpoint_url {url!r} must begin with http:// or https://, as http://localhost:8000/v1 does")
+    settings = {
+        "api_key": os.environ.get("OPENAI_API_KEY") or "none",
+        "max_retries": RETRIES,
+        "timeout": openai.Timeout(REQUEST_LIMIT_S, connect=10.0),
+    }
+    return openai.AsyncOpenAI(base_url=url, **(settings | options))
+
+
+def _shown(url: str) -> str:
+    """The URL without user, password and query."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+def _refusal(url: str, error: Any) -> Exception:
+    """What to raise in place of the client's error for a status: one sentence, without the key."""
+    if error.status_code in (401, 403):
+        return PermissionError(f"{url} refused the API key ({error.status_code}): set OPENAI_API_KEY to a valid one")
+    if error.status_code == 429 or error.status_code >= 500:
+        return ConnectionError(
+            f"{url} still answers {error.status_code} after {RETRIES} more tries: run the stage again later; "
+            "finished completions are kept"
+        )
+    said = str(error.body.get("message", "") if isinstance(error.body, dict) else "")
+    said = said.replace(os.environ.get("OPENAI_API_KEY") or "none", "***")
+    return ValueError(
+        f"{url} refused a request with {error.status_code}: {' '.join(said.split())[:300] or 'no reason'}"
+    )
+
+
+async def _answer(url: str, question: Awaitable) -> Any:
+    """The client's answer, or its error as one sentence with the URL and the remedy."""
+    import openai
+
+    try:
+        return await question
+    except openai.APIConnectionError:
+        error = ConnectionError(
+            f"no answer from {url}: start the server or correct endpoint_url; finished completions are kept"
+        )
+    except openai.APIStatusError as refused:
+        error = _refusal(url, refused)
+    except (openai.APIError, AttributeError, ValueError):  # the client takes a web page for an answer of the right kind
+        error = ValueError(
+            f"{url} does not answer as an OpenAI-compatible server: endpoint_url ends in /v1 with most servers"
+        )
+    raise error
+
+
+async def _model_named(client: Any, url: str, wanted: str) -> str:
+    """`wanted` when the server lists it, else (where it is empty) the first that it lists."""
+    answer = await _answer(url, client.with_options(max_retries=2).models.list())
+    listed = [model.id for model in getattr(answer, "data", None) or []]
+    if not listed:
+        raise ValueError(f"{url} lists no model: start the server with one")
+    if wanted and wanted not in listed:
+        raise ValueError(f"{url} has no model {wanted!r}{nearest(wanted, listed)}; it has: {', '.join(listed[:10])}")
+    return wanted or listed[0]
+
+
+def endpoint_model(parameters: GenerationParameters) -> str:
+    """The name of the model that the endpoint will sample. Raises as `endpoint_engine`."""
+    url = parameters.endpoint_url
+
+    async def ask() -> str:
+        async with _client(url) as client:
+            return await _model_named(client, _shown(url), parameters.endpoint_model)
+
+    return _Loop().finish(ask())
+
+
+def _with_reasoning(message: Any) -> str:
+    """The text as the model wrote it: reasoning that the server took apart goes back between its tags."""
+    reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    content = message.content or ""
+    if not reasoning:
+        return content
+    closing = f"\n</think>\n{content}" if content else ""
+    return f"<think>\n{reasoning.strip()}{closing}"
+
+
+def endpoint_engine(parameters: GenerationParameters) -> Engine:
+    """Chat completions of the server at `endpoint_url`, `concurrency` in flight; the key is OPENAI_API_KEY.
+
+    The server renders the prompt by its own template, checks its length, and sets what is not sent (sent are
+    temperature, top_p, seed, max_tokens): most servers take the seed as a wish, and what they batch together moves
+    the last bits. 429, 5xx and time-outs are tried again. Raises ConnectionError when nothing answers, ValueError
+    for an unknown model or a refused request, PermissionError for a refused key.
+    """
+    url, shown, loop = parameters.endpoint_url, _shown(parameters.endpoint_url), _Loop()
+    client = _client(url)
+    name = loop.finish(_model_named(client, shown, parameters.endpoint_model))
+
+    async def draw(request: Request) -> Completion:
+        question = client.chat.completions.create(
+            model=name,
+            messages=list(request.messages),
+            max_tokens=parameters.max_new_tokens,
+            temperature=parameters.temperature,
+            top_p=parameters.top_p,
+            seed=request.seed,
+        )
+        answer = await _answer(shown, question)
+        if not getattr(answer, "choices", None):
+            raise ValueError(f"{shown} answered without a choice for {request.problem_id}")
+        choice, usage = answer.choices[0], answer.usage
+        tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+        return Completion(*request.key, _with_reasoning(choice.message), str(choice.finish_reason), *tokens)
+
+    return _concurrent(loop, draw, parameters.concurrency)
+
+
+# Ends the server and its engines, which are its process group, when the pipe on its input closes: however this process
+# ends, by kill -9 included. The server's own children would outlive it. First gently, so that they free what they
+# share. $0 is the server's folder, "$@" its command.
+GUARD = """
+trap : TERM
+(trap : TERM; "$@"; sleep 2; kill -KILL 0) &
+read -r _
+kill -TERM 0
+rm -rf -- "$0"
+sleep 20
+kill -KILL 0
+"""
+
+
+def server_command(model: Path, parameters: GenerationParameters, on_cpu: bool) -> list[str]:
+    """vLLM's OpenAI-compatible server with the settings of the in-process engine; where it listens is left out.
+
+    `vllm serve` runs the same module, but only where the package is called vllm, which the CPU build is not.
+    """
+    settings = vllm_settings(model, parameters, on_cpu) | {
+        "data_parallel_size": parameters.data_parallel,
+        "served_model_name": "model",
+        "disable_uvicorn_access_log": True,
+    }
+    flags = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        flags += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *flags]
+
+
+def start_server(command: Sequence[str], log: Path, parameters: GenerationParameters, on_cpu: bool) -> subprocess.Popen:
+    """Start a server whose folder is that of its log; both go when the process's input is closed or this one ends."""
+    # vLLM leaves files in the folder for temporary ones, which is the server's own here.
+    environment = os.environ | vllm_environment(on_cpu) | {"PATH": search_path(), "TMPDIR": str(log.parent)}
+    if on_cpu:
+        environment["OMP_NUM_THREADS"] = str(parameters.threads)
+    with open(log, "wb") as stream:
+        return subprocess.Popen(
+            ["sh", "-c", GUARD, str(log.parent), *command],
+            stdin=subprocess.PIPE,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def stop_server(process: subprocess.Popen, folder: Path) -> None:
+    """End a server, wait until it is gone, and remove its folder."""
+    process.stdin.close()
+    process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _until_ready(client: Any, process: subprocess.Popen, log: Path) -> None:
+    """Wait until the server answers. RuntimeError with its last lines when it ends first or needs half an hour."""
+    import openai
+
+    try:
+        async with asyncio.timeout(START_LIMIT_S):
+            while process.poll() is None:
+                try:
+                    await client.with_options(max_retries=0).models.list()
+                    return
+                except openai.APIError:
+                    await asyncio.sleep(0.5)
+    except TimeoutError:
+        pass
+    last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    raise RuntimeError(f"the vLLM server did not start; its last lines:\n{last}")
+
+
+def server_engine(model: Path, parameters: GenerationParameters) -> Engine:
+    """`data_parallel` vLLM engines behind one vLLM server, which this process starts and which ends with it.
+
+    It is asked with the same token ids and settings as the in-process engine, over a Unix socket in a private folder.
+    What an engine batches depends on timing, which moves the last bits. Raises RuntimeError with the server's last
+    lines when it does not start, ValueError when GPUs are missing.
+    """
+    import httpx2  # the openai client's own
+    import openai
+
+    on_cpu, loop = check_gpus(parameters) == 0, _Loop()
+    at_a_time = min(parameters.chunk_size, IN_FLIGHT * parameters.data_parallel)
+    folder = Path(tempfile.mkdtemp(prefix="vllm-"))
+    socket, log = folder / "socket", folder / "log"
+    process = start_server([*server_command(model, parameters, on_cpu), "--uds", str(socket)], log, parameters, on_cpu)
+    limits = httpx2.Limits(max_connections=at_a_time)
+    transport = httpx2.AsyncHTTPTransport(uds=str(socket), limits=limits)
+    http = openai.DefaultAsyncHttpx2Client(transport=transport)
+    client = _client("http://localhost/v1", http_client=http, api_key="none", max_retries=0)
+
+    async def draw(request: Request) -> Completion:
+        question = client.completions.create(
+            model="model",
+            prompt=request.prompt_ids,
+            max_tokens=room(request, parameters),
+            temperature=parameters.temperature,
+            top_p=parameters.top_p,
+            seed=request.seed,
+        )
+        answer = await _answer(f"the vLLM server of {model}", question)
+        choice, tokens = answer.choices[0], answer.usage.completion_tokens
+        return Completion(*request.key, choice.text, str(choice.finish_reason), len(request.prompt_ids), tokens)
+
+    engine = _concurrent(loop, draw, at_a_time)
+    weakref.finalize(engine, stop_server, process, folder)
+    loop.finish(_until_ready(client, process, log))
+    return engine
