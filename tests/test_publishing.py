@@ -13,7 +13,7 @@ from tinyr1_utils.config import load_config
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A finished run of the micro config in a project of its own; one figure has data, one has none."""
+    """A finished run of the micro config in a project of its own; one figure and one table have data, one has none."""
     for name in ("notebooks", "configs"):
         (tmp_path / name).mkdir()
     (tmp_path / "pyproject.toml").write_text("")
@@ -24,7 +24,8 @@ def run(tmp_path, monkeypatch):
     for kind, file, text in (
         ("figures", "drawn.csv", "a\n1\n"),
         ("figures", "empty.csv", "a\n"),
-        ("tables", "main.md", "|"),
+        ("tables", "main.md", "| a |\n| --- |\n| 1 |\n"),
+        ("tables", "empty.md", "| a |\n| --- |\n"),
     ):
         (report / kind).mkdir(parents=True, exist_ok=True)
         (report / kind / file).write_text(text)

@@ -43,7 +43,7 @@ COMPARED: dict[str, tuple[str, dict]] = {
 
 
 def choice_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
-    """One row per model of the run that has all benchmarks, columns CHOICE.
+    """One row per model of the run that has all benchmarks, columns CHOICE; none for a run that merges nothing.
 
     `pass_at_1` is the mean over the test benchmarks, `validation` over the validation ones (NaN without any),
     `difference` the mean over benchmarks of pass@1 minus REFERENCE's, paired by problem, NaN for REFERENCE itself and
@@ -67,7 +67,8 @@ def choice_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
         known = {name: facts[name] for name in CHOICE if name in facts}
         known["validation"] = validation.get(row["model"], np.nan)
         rows.append(known | row | differences.get(row["model"], {}))
-    return pd.DataFrame(rows, columns=CHOICE)
+    merged = any(row["kind"] == "merged model" for row in rows)
+    return pd.DataFrame(rows if merged else [], columns=CHOICE)
 
 
 def _domains_in_order(run: dict[str, dict], merge: dict) -> list[str]:

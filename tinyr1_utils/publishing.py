@@ -40,11 +40,11 @@ def publish(config: RunConfig) -> Path:
         shown[stage] += 1
         if _all_generated(manifests) and shown[stage] <= NOTEBOOKS_PER_STAGE:
             _publish_notebook(run_dir / name / EXECUTED, target / name / EXECUTED)
-    for kind, pattern in (("figures", "*.csv"), ("tables", "*.md")):
+    for kind, pattern, heading_lines in (("figures", "*.csv", 1), ("tables", "*.md", 2)):
         folder = target / ("analysis" if kind == "figures" else kind)
         folder.mkdir(exist_ok=True)
         for path in sorted((run_dir / analysis / kind).glob(pattern)):
-            if kind == "tables" or len(path.read_text(encoding="utf-8").splitlines()) > 1:  # else: nothing to draw
+            if len(path.read_text(encoding="utf-8").splitlines()) > heading_lines:  # else: nothing to show
                 shutil.copyfile(path, folder / path.name)
     return target
 
