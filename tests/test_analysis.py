@@ -57,6 +57,7 @@ def test_gain_is_the_paired_difference_by_hand(tmp_path):
     assert (gain["model"], gain["reference"], gain["n_problems"], gain["unpaired"]) == ("sft/math", "backbone", 3, 1)
     assert gain["difference"] == pytest.approx(0.5) and gain["stderr"] == pytest.approx(stderr)
     assert gain["low"] == pytest.approx(0.5 - T_95_OF_3 * stderr)
+    assert gain["p_value"] == pytest.approx(0.5)  # better on two problems, worse on none
 
 
 def test_merge_frame_refers_to_the_domains_own_branch(run):

@@ -244,7 +244,7 @@ def test_micro_questions_keep_no_old_name():
 @pytest.mark.parametrize(
     ("problem", "message"),
     [
-        (choice(options=("a b", "a  b ", "c")), "twice"),
+        (choice(options=("a b", "a  b ", "c")), "one option as A and as B"),
         (choice(options=("only",), reference="A"), "1 options"),
         (choice(options=()), "0 options"),
         (choice(options=("x", " ")), "empty option B"),

@@ -17,7 +17,7 @@ import pandas as pd
 from tinyr1_utils import looks
 from tinyr1_utils.artifacts import completed, output
 from tinyr1_utils.config import BACKBONE, names
-from tinyr1_utils.metrics import Estimate, clustered_mean, interval, paired_difference, rate_interval
+from tinyr1_utils.metrics import Estimate, clustered_mean, interval, paired_difference, rate_interval, sign_test
 from tinyr1_utils.records import DOMAINS, GENERAL, Score, require_records
 from tinyr1_utils.sources import SOURCES
 
@@ -25,7 +25,7 @@ ORDER = (*DOMAINS, GENERAL)
 MODEL = ["origin", "model", "kind", "benchmark", "domain"]
 ESTIMATE = ["stderr", "low", "high", "n_problems", "confidence"]
 ACCURACY = [*MODEL, "pass_at_1", *ESTIMATE, "n_samples", "truncation_rate", "output_tokens"]
-GAIN = [*MODEL, "reference", "difference", *ESTIMATE, "unpaired"]
+GAIN = [*MODEL, "reference", "difference", *ESTIMATE, "p_value", "unpaired"]
 MERGE = [*GAIN, "recipe", "merge_order", "settings", "changed_fraction"]
 QUANTILES = {"p10": 0.10, "p25": 0.25, "p50": 0.50, "p75": 0.75, "p90": 0.90}
 TOKENS = [*MODEL, "mean", *ESTIMATE, *QUANTILES, "n_completions", "truncation_rate"]
@@ -148,6 +148,7 @@ def average_frame(accuracy: pd.DataFrame, confidence: float = 0.95) -> pd.DataFr
 def compare(run_dir: Path, rows: list, references: dict[str, tuple[str, str]], confidence: float) -> list[dict]:
     """Each row of `benchmark_rows` minus the reference (model, variant) of its benchmark, on the problems both have.
 
+    `p_value` is the exact sign test's (McNemar's with one sample a problem), uncorrected for the number of comparisons;
     `unpaired` counts the problems that only one of the two has (runs with another limit).
     """
     compared = []
@@ -162,8 +163,10 @@ def compare(run_dir: Path, rows: list, references: dict[str, tuple[str, str]], c
         shared = ours.keys() & theirs.keys()
         if not shared:
             continue
-        estimate = paired_difference({i: ours[i] for i in shared}, {i: theirs[i] for i in shared})
-        facts = {"reference": reference, "difference": estimate.mean, "unpaired": len(ours.keys() ^ theirs.keys())}
+        pair = {i: ours[i] for i in shared}, {i: theirs[i] for i in shared}
+        estimate = paired_difference(*pair)
+        facts = {"reference": reference, "difference": estimate.mean, "p_value": sign_test(*pair)}
+        facts["unpaired"] = len(ours.keys() ^ theirs.keys())
         compared.append(columns | facts | estimate_columns(estimate, confidence))
     return compared
 

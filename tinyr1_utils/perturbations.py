@@ -59,7 +59,8 @@ def require_choice(problem: Problem) -> int:
         reason, remedy = f"has an empty option {LETTERS[texts.index('')]}", "restore its text or drop the problem"
     elif len(set(texts)) < len(texts):
         twice = next(text for text in texts if texts.count(text) > 1)
-        reason, remedy = f"shows the option {twice[:40]!r} twice", "drop it: no letter alone can be right"
+        same = [letter for letter, text in zip(LETTERS, texts, strict=False) if text == twice]
+        reason, remedy = f"shows one option as {' and as '.join(same)}", "drop it: no letter alone can be right"
     elif problem.reference not in tuple(LETTERS[: len(texts)]):
         reason = f"names {problem.reference!r} as its right option"
         remedy = f"set `reference` to one of {', '.join(LETTERS[: len(texts)])}"
