@@ -42,7 +42,7 @@ publish: bootstrap ## copy a finished run's small results to papermill_runs/publ
 	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner publish --config $(CONFIG)
 
 lm-eval: bootstrap ## add lm-evaluation-harness (optional), for IFEval and BBH
-	@$(VENV)/bin/uv pip install -q --no-deps -p $(VENV_PYTHON) -r requirements/lm-eval.lock
+	@$(VENV_PYTHON) -m pip install -q --disable-pip-version-check --no-deps -r requirements/lm-eval.lock
 
 benchmark-grading: bootstrap ## grading and sampling beside their peers: time, agreement
 	$(VENV_PYTHON) benchmarks/grading.py
