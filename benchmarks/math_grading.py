@@ -5,7 +5,7 @@
 
 FOLDER is a checkout of github.com/Qihoo360/TinyR1-32B-Preview, whose math_evaluation holds the paper's grader (of the
 Qwen2.5-Math family); --paper-python runs it and needs sympy==1.12, antlr4-python3-runtime==4.11.1, mpmath==1.3.0,
-word2number, regex, python-dateutil and numpy. Without it the paper's rows are left out.
+word2number, regex, python-dateutil and numpy. Without it the paper's old row stays.
 
 Every grader gets the completions and references of tests/math_pairs.csv. `right` counts as a positive: precision is the
 share of pairs graded right that are right, recall the share of right pairs that are graded right. No verdict (an error,
@@ -178,6 +178,9 @@ def main() -> None:
     our_verdicts = [bool(verdict) for verdict in graders["ours, 1 worker"][0]]
     table = pd.DataFrame([row(name, found, judged, our_verdicts) for name, found in graders.items()])
     table = table.assign(cores=os.cpu_count(), processor=processor())
+    if RESULTS.is_file():  # of a grader that was not asked this time the old rows stay
+        old = pd.read_csv(RESULTS)
+        table = pd.concat([table, old[~old["grader"].isin(table["grader"])]], ignore_index=True)
     table.to_csv(RESULTS, index=False)
     print(table.T.to_string(header=False))
 

@@ -25,13 +25,13 @@ def run(tmp_path_factory):
     return fake_run.build(tmp_path_factory.mktemp("runs") / "fake")
 
 
-def write_evaluation(run: Path, variant: str, model: str, rows: list[tuple[str, int, bool]]) -> None:
+def write_evaluation(run: Path, variant: str, model: str, rows: list[tuple[str, int, bool]], **how: str) -> None:
     """One benchmark `b` of domain math with the given (problem, sample, correct) rows, 10 tokens each."""
     scores = [Score(problem, sample, correct, "right", "", False, 10) for problem, sample, correct in rows]
     write_records(run / "evaluation" / variant / "scores-b.jsonl", scores)
     facts = {"domain": "math", "n_problems": len({r[0] for r in rows}), "n_samples": 2, "stderr": 0.1}
     facts |= {"pass_at_1": sum(r[2] for r in rows) / len(rows), "truncation_rate": 0.0, "output_tokens": 10.0}
-    fake_run.finish(run, f"evaluation/{variant}", {"model": model}, {"benchmarks": {"b": facts}})
+    fake_run.finish(run, f"evaluation/{variant}", {"model": model} | how, {"benchmarks": {"b": facts}})
 
 
 def test_models_come_backbone_branches_mixture_merged(run):
@@ -58,6 +58,14 @@ def test_gain_is_the_paired_difference_by_hand(tmp_path):
     assert gain["difference"] == pytest.approx(0.5) and gain["stderr"] == pytest.approx(stderr)
     assert gain["low"] == pytest.approx(0.5 - T_95_OF_3 * stderr)
     assert gain["p_value"] == pytest.approx(0.5)  # better on two problems, worse on none
+
+
+def test_models_that_were_asked_in_different_ways_are_not_compared(tmp_path):
+    rows = [("p1", 0, True), ("p2", 0, False)]
+    write_evaluation(tmp_path, "backbone", "backbone", rows)
+    write_evaluation(tmp_path, "math", "sft/math", rows)
+    write_evaluation(tmp_path, "math-tinyr1", "sft/math", rows, protocol="tinyr1")
+    assert analysis.gain_frame(tmp_path)["model"].to_list() == ["sft/math"]
 
 
 def test_merge_frame_refers_to_the_domains_own_branch(run):

@@ -112,7 +112,7 @@ def test_what_changes_no_result_clears_nothing(tmp_path):
 def test_more_samples_or_problems_keep_what_an_evaluation_has(tmp_path):
     named = {"stage": "evaluation", "variant": "backbone"}
     run_stage(tmp_path, **named)
-    grown = parameters(tmp_path, **named, n_samples=40, limit=0)
+    grown = parameters(tmp_path, **named, n_samples=40, limit=0, benchmarks="micro-math@64", time_limit_s=3.0)
     for changed, kept in ((grown, True), (parameters(tmp_path, **named, temperature=1.0), False)):
         opened = open_stage(changed, inputs={"source": "digest"})
         assert opened.path("selected.jsonl").exists() == kept

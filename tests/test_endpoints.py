@@ -24,7 +24,7 @@ class Server(ThreadingHTTPServer):
         self.script, self.models, self.asked, self.keys = [], ["small", "large"], [], set()
         self.message, self.usage = {"content": "42"}, {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
         self.now = self.most = 0
-        self.barrier = threading.Barrier(1)
+        self.barrier, self.lock = threading.Barrier(1), threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
 
@@ -54,10 +54,12 @@ class Handler(BaseHTTPRequestHandler):
         if server.script:
             self.reply(*server.script.pop(0))
             return
-        server.now += 1
-        server.most = max(server.most, server.now)
+        with server.lock:
+            server.now += 1
+            server.most = max(server.most, server.now)
         server.barrier.wait(timeout=20)
-        server.now -= 1
+        with server.lock:
+            server.now -= 1
         choice = {"index": 0, "message": {"role": "assistant"} | server.message, "finish_reason": "stop"}
         answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "small", "usage": server.usage}
         self.reply(200, answer | {"choices": [choice]})

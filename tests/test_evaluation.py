@@ -88,7 +88,7 @@ def test_the_frame_of_metrics_has_an_interval_even_where_nothing_is_right():
 def test_log_likelihood_needs_options():
     parameters = MICRO.model_copy(update={"choice_scoring": "log_likelihood"})
     with pytest.raises(ValueError, match="n1 has no options"):
-        evaluation.lazy_engine(parameters, [NUMBER])
+        evaluation.lazy_engine(REPOSITORY, parameters, [NUMBER])
 
 
 def write_gsm8k(root, *answers: str) -> None:

@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
+from tinyr1_utils.answers import final_text
 from tinyr1_utils.config import EvaluationParameters, load_config, stage_parameters
 from tinyr1_utils.engines import Request
-from tinyr1_utils.generation import load_tokenizer, requests, sample, sample_seed
+from tinyr1_utils.generation import load_tokenizer, requests, sample, sample_seed, start_engine
 from tinyr1_utils.micro_problems import generate
 from tinyr1_utils.prompts import chat
 from tinyr1_utils.records import Completion, read_records, require_records
@@ -187,6 +188,20 @@ def test_a_template_without_a_system_role_is_named(tmp_path, template, reason):
     assert requests([problem], tokenizer, settings())
     with pytest.raises(ValueError, match=rf"chat template of .*model takes no such conversation \({reason}\)"):
         requests([problem], tokenizer, settings(protocol="tinyr1"))
+
+
+def test_reasoning_that_the_template_opens_is_part_of_the_text(tmp_path):
+    """As DeepSeek-R1's distilled models: else reasoning that was cut off would pass for a final answer."""
+    template = (BACKBONE / "chat_template.jinja").read_text() + "{{ '<think>\\n' }}"
+    folder = model_copy(tmp_path / "model", template=template)
+    shutil.copy(BACKBONE / "model.safetensors", folder)
+    parameters = settings(backend="transformers", n_samples=1, max_new_tokens=4)
+    (completion,) = sample(
+        folder, PROBLEMS[:1], tmp_path / "c.jsonl", parameters, lambda: start_engine(folder, parameters)
+    )
+    assert completion.text.startswith("<think>\n") and completion.finish_reason == "length"
+    assert completion.output_tokens == 4 and final_text(completion.text) == ""
+    assert requests(PROBLEMS[:1], load_tokenizer(BACKBONE), settings())[0].opening == ""
 
 
 def test_a_folder_without_a_chat_template_is_named(tmp_path):

@@ -89,6 +89,10 @@ def test_a_rate_of_0_or_1_has_an_interval_of_some_width():
         estimate = metrics.clustered_mean([[value] * 4] * 100)
         low, high = metrics.rate_interval(estimate)
         assert 0 <= low <= value <= high <= 1 and 0.03 < high - low < 0.05
+    for n in range(2, 400):
+        for value in (0.0, 1.0):
+            low, high = metrics.rate_interval(metrics.clustered_mean([[value]] * n))
+            assert 0 <= low <= value <= high <= 1
     assert all(math.isnan(bound) for bound in metrics.rate_interval(metrics.clustered_mean([[0, 1]])))
 
 

@@ -395,6 +395,11 @@ def test_how_much_of_a_benchmark_is_asked():
             asked(text)
 
 
+def test_a_benchmark_of_the_harness_has_no_problems_to_read():
+    with pytest.raises(ValueError, match="ifeval is asked by lm-evaluation-harness"):
+        load("ifeval")
+
+
 def test_any_contest_window_of_livecodebench():
     source = source_named("livecodebench-2024-10-01-2024-12-31")
     days = ("2024-09-30", "2024-10-01", "2024-12-31", "2025-01-01")

@@ -183,7 +183,7 @@ def think_trace(problem_id: str, teacher: str, text: str) -> Trace:
 def gpqa(row: Row, prefix: str) -> tuple[Problem, None]:
     """GPQA (Rein et al. 2023): the file lists the right option first; every sample sees another order.
 
-    See `prompts.shown`. The order here, by the record's id, is that of log-likelihood scoring and of the stress test.
+    See `prompts.shown`. The order here, by the record's id, is where that one starts from.
     """
     right = _text(row, "Correct Answer").strip()
     options = [right, *(_text(row, f"Incorrect Answer {number}").strip() for number in (1, 2, 3))]

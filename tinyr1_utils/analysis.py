@@ -145,17 +145,24 @@ def average_frame(accuracy: pd.DataFrame, confidence: float = 0.95) -> pd.DataFr
     return pd.DataFrame(rows, columns=["model", "kind", "pass_at_1", *ESTIMATE])
 
 
+def _way(run: dict[str, dict], variant: str) -> tuple[str, str]:
+    """How an evaluation asked and scored."""
+    parameters = run[f"evaluation/{variant}"]["parameters"]
+    return parameters.get("protocol", "default"), parameters.get("choice_scoring", "generated")
+
+
 def compare(run_dir: Path, rows: list, references: dict[str, tuple[str, str]], confidence: float) -> list[dict]:
     """Each row of `benchmark_rows` minus the reference (model, variant) of its benchmark, on the problems both have.
 
+    A model that was asked by another protocol or scored in another way than the reference is not compared with it.
     `p_value` is the exact sign test's (McNemar's with one sample a problem), uncorrected for the number of comparisons;
     `unpaired` counts the problems that only one of the two has (runs with another limit).
     """
-    compared = []
+    compared, run = [], completed(run_dir)
     for columns, variant, _ in rows:
         benchmark = columns["benchmark"]
         reference, reference_variant = references.get(benchmark, ("", ""))
-        if not reference or reference == columns["model"]:
+        if not reference or reference == columns["model"] or _way(run, variant) != _way(run, reference_variant):
             continue
         ours, theirs = (
             _by_problem(_scores(run_dir, v, benchmark), lambda s: s.correct) for v in (variant, reference_variant)

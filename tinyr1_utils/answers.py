@@ -14,7 +14,10 @@ LAST_NUMBER = re.compile(
     r"(?:(?<![\w)\]}.])-)?\$?(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?(?:[eE][+-]?\d+)?"
 )
 PHRASE = r"(?i:answer|option|choice)[*_\s]*(?i:is|:|=)[*_:\s$]*"
-PHRASE_LETTER = re.compile(PHRASE + r"(?:\\\w+\{)?(?P<open>\(?)(?P<letter>[A-Ja-j])(?![\w'’])(?=(?P<rest>.{0,40}))")
+PHRASE_LETTER = re.compile(
+    PHRASE + r"(?i:(?:the\s+)?(?:option|choice|letter)[*_\s]+)?(?:\\\(\s*|[`\"“\[])?(?:\\\w+\{)?"
+    r"(?P<open>\(?)(?P<letter>[A-Ja-j])(?![\w'’])(?=(?P<rest>.{0,40}))"
+)
 PHRASE_START = re.compile(PHRASE)
 FORMULA = re.compile(r"\$([^$\n]+)\$|\\\(((?:[^\\\n]|\\[^()\[\]\n])+)\\\)|\\\[((?:[^\\]|\\[^()\[\]])+)\\\]")
 SENTENCE_END = re.compile(r"\.\s+(?=[A-Z])|(?<!\s),?\s+(?:because|since|as|which)\b")

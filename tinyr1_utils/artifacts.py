@@ -176,7 +176,7 @@ def _forget_other_runs(folder: Path, key: str) -> None:
 def open_stage(parameters: StageParameters, inputs: Mapping[str, str] | None = None) -> Stage:
     """Open a stage: lock its folder, read its upstream manifests, take up what an interrupted identical run left.
 
-    A run that differs in nothing but `may_grow` (more samples, more problems) is taken up too.
+    A run that differs in `resumable` facts alone (more samples, more problems) is taken up too.
     `inputs` adds digests of what is not an upstream stage (a backbone, data files). The old manifest goes at once,
     since from here on the folder is not done. Raises FileNotFoundError when an upstream stage is not done, OSError
     when the folder can not be written, RuntimeError when another process runs this stage.
@@ -190,7 +190,7 @@ def open_stage(parameters: StageParameters, inputs: Mapping[str, str] | None = N
     _writable(folder)
     require_space(folder, 64 * 2**20)
     lock = _take_lock(folder)
-    fixed = {name: value for name, value in parameters.facts().items() if name not in parameters.may_grow}
+    fixed = {name: value for name, value in parameters.facts().items() if name not in parameters.resumable}
     key = sha256_json({"stage": parameters.stage, "parameters": fixed, "inputs": digests})
     (folder / MANIFEST).unlink(missing_ok=True)
     _forget_other_runs(folder, key)

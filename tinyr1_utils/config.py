@@ -45,8 +45,8 @@ class StageParameters(BaseModel):
     notebook: ClassVar[str]
     # Where data lies and how fast a machine is does not change a result, so neither is part of a stage's facts.
     not_facts: ClassVar[frozenset[str]] = frozenset({"run_dir", "data_root"})
-    # Facts of which a larger number adds to what is there and changes none of it.
-    may_grow: ClassVar[frozenset[str]] = frozenset()
+    # Facts whose change leaves what an interrupted run has of use: more of the same, or graded anew.
+    resumable: ClassVar[frozenset[str]] = frozenset()
 
     run_dir: str
     variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -172,7 +172,7 @@ class GenerationParameters(StageParameters):
     not_facts: ClassVar[frozenset[str]] = StageParameters.not_facts | {
         "workers", "gpu_memory_share", "endpoint_url", "concurrency", "data_parallel",
     }  # fmt: skip
-    may_grow: ClassVar[frozenset[str]] = frozenset({"limit", "n_samples"})
+    resumable: ClassVar[frozenset[str]] = frozenset({"limit", "n_samples", "time_limit_s", "memory_mb", "isolation"})
     model: str
     backbone: str
     data_root: str
@@ -213,6 +213,8 @@ class GenerationParameters(StageParameters):
             raise ValueError(
                 "backend 'endpoint' and endpoint_url (http://host:port/v1) go together: set both or neither"
             )
+        if "@" in self.endpoint_url:
+            raise ValueError("endpoint_url holds a user or a password: leave it out and put a key into OPENAI_API_KEY")
         if self.choice_scoring == "log_likelihood" and self.backend == "endpoint":
             raise ValueError("an endpoint gives no log-likelihoods of options: choose backend vllm or transformers")
         return self
@@ -225,6 +227,7 @@ class EvaluationParameters(GenerationParameters):
     """Notebook 04: one model on its benchmarks -> completions, scores, pass@1."""
 
     stage: ClassVar[str] = "evaluation"
+    resumable: ClassVar[frozenset[str]] = GenerationParameters.resumable | {"benchmarks"}  # each one's data is an input
     notebook: ClassVar[str] = "04_evaluation"
     benchmarks: str
 

@@ -141,7 +141,12 @@ def judge_contaminated(rows: list[Row], benchmarks: dict[str, list[Problem]], n_
     }
     for row in rows:
         hit = next((gram for gram in sorted(ngrams(row.problem.question, n_words)) if gram in index), None)
-        yield f"shares {hit!r} with {index[hit]}" if hit is not None else ""
+        if hit is None:
+            yield ""
+        else:
+            name = index[hit].partition(" ")[0]
+            said = f"{len(hit.split())} words" if source_named(name).confidential else repr(hit)
+            yield f"shares {said} with {index[hit]}"
 
 
 def _step(name: str, rows: list[Row]) -> dict[str, int | str]:

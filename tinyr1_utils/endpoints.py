@@ -98,7 +98,8 @@ def _refusal(url: str, error: Any) -> Exception:
             "finished completions are kept"
         )
     said = str(error.body.get("message", "") if isinstance(error.body, dict) else "")
-    said = said.replace(os.environ.get("OPENAI_API_KEY") or "none", "***")
+    key = os.environ.get("OPENAI_API_KEY")
+    said = said.replace(key, "***") if key else said
     return ValueError(
         f"{url} refused a request with {error.status_code}: {' '.join(said.split())[:300] or 'no reason'}"
     )
@@ -290,7 +291,8 @@ def server_engine(model: Path, parameters: GenerationParameters) -> Engine:
         )
         answer = await _answer(f"the vLLM server of {model}", question)
         choice, tokens = answer.choices[0], answer.usage.completion_tokens
-        return Completion(*request.key, choice.text, str(choice.finish_reason), len(request.prompt_ids), tokens)
+        text, reason = request.opening + choice.text, str(choice.finish_reason)
+        return Completion(*request.key, text, reason, len(request.prompt_ids), tokens)
 
     engine = _concurrent(loop, draw, at_a_time)
     weakref.finalize(engine, stop_server, process, folder)

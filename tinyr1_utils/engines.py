@@ -18,7 +18,9 @@ from tinyr1_utils.records import Completion
 class Request:
     """One sample to draw: its key, the conversation, the rendered prompt's tokens and its own seed.
 
-    `prompt_ids` is empty where the model's tokenizer is not at hand, as with an endpoint.
+    `prompt_ids` is empty where the model's tokenizer is not at hand, as with an endpoint. `opening` is what the prompt
+    has already written of the model's turn, such as `<think>`: a completion's text begins with it, so that reasoning
+    that was cut off is known as such.
     """
 
     problem_id: str
@@ -26,6 +28,7 @@ class Request:
     messages: tuple[dict[str, str], ...]
     prompt_ids: list[int]
     seed: int
+    opening: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -116,8 +119,8 @@ def vllm_engine(model: Path, parameters: GenerationParameters) -> Engine:
         outputs = llm.generate(prompts, settings, use_tqdm=False)
         completions = [
             Completion(
-                *request.key, out.outputs[0].text, str(out.outputs[0].finish_reason), len(request.prompt_ids),
-                len(out.outputs[0].token_ids),
+                *request.key, request.opening + out.outputs[0].text, str(out.outputs[0].finish_reason),
+                len(request.prompt_ids), len(out.outputs[0].token_ids),
             )
             for request, out in zip(chunk, outputs, strict=True)
         ]  # fmt: skip
@@ -152,7 +155,7 @@ def transformers_engine(model: Path, parameters: GenerationParameters) -> Engine
             )
         new = out[0, len(request.prompt_ids) :].tolist()
         reason = "stop" if new and new[-1] in ends else "length"
-        text = tokenizer.decode(new, skip_special_tokens=True)
+        text = request.opening + tokenizer.decode(new, skip_special_tokens=True)
         return Completion(*request.key, text, reason, len(request.prompt_ids), len(new))
 
     def complete(chunk: Sequence[Request], keep: Keep = lambda done: None) -> list[Completion]:

@@ -64,7 +64,7 @@ def input_digests(parameters: GenerationParameters, chosen: str, benchmarks: Map
     digests = {"model": model_digest(parameters)}
     for name in asked(chosen):
         harness = source_named(name).lm_eval[0]
-        digests[name] = lm_eval_harness.version() if harness else benchmarks[name].digest
+        digests[name] = lm_eval_harness.digest(parameters) if harness else benchmarks[name].digest
     return digests
 
 
@@ -73,12 +73,13 @@ def served_folder(parameters: GenerationParameters) -> Path | None:
     return None if parameters.backend == "endpoint" else model_folder(parameters)
 
 
-def lazy_engine(parameters: GenerationParameters, problems: Iterable[Problem]) -> Callable[[], Engine]:
+def lazy_engine(
+    folder: Path | None, parameters: GenerationParameters, problems: Iterable[Problem]
+) -> Callable[[], Engine]:
     """A function that starts the model's engine at its first call and returns the same one ever after.
 
     Raises ValueError where the options of a problem without options are to be scored by their log-likelihood.
     """
-    folder = served_folder(parameters)
     if parameters.choice_scoring == "generated":
         return functools.cache(lambda: start_engine(folder, parameters))
     options = {problem.id: len(problem.options) for problem in problems}
@@ -150,7 +151,7 @@ def grade_one(problem: Problem, completion: Completion) -> Score:
 def grade(
     problems: Sequence[Problem], completions: Sequence[Completion], parameters: GenerationParameters, on_line=print
 ) -> list[Score]:
-    """One score per completion, in order. All problems of one call share an answer kind family (code or text)."""
+    """One score per completion, in order. All problems of one call are code, or none is."""
     by_id = {problem.id: problem for problem in problems}
     if problems[0].answer_kind == "code":
         return grade_code(by_id, completions, parameters, on_line)
@@ -192,11 +193,12 @@ def summarise(scores: Sequence[Score], domain: str) -> dict[str, float | int | s
     }
 
 
-def _asked_and_graded(
-    name: str, problems: Sequence[Problem], path: Path, parameters: GenerationParameters, engine: Callable, on_line
+def _sampled_and_graded(
+    name: str, problems: Sequence[Problem], path: Path, parameters: GenerationParameters, draw: Callable, on_line
 ) -> list[Score]:
-    """The scores of one benchmark's completions. Text is graded chunk by chunk, with a line on pass@1 so far.
+    """The scores of one benchmark's completions, which `draw` samples: `generation.sample` of one model.
 
+    Text is graded chunk by chunk, with a line on pass@1 so far.
     Programs are graded together at the end: between two chunks, a GPU would wait for them.
     """
     scores: dict[tuple[str, int], Score] = {}
@@ -210,7 +212,7 @@ def _asked_and_graded(
 
     is_code = problems[0].answer_kind == "code"
     on_chunk = (lambda completions: None) if is_code else grade_chunk
-    completions = sample(served_folder(parameters), problems, path, parameters, engine, on_line, on_chunk)
+    completions = draw(problems, path, parameters, on_progress=on_line, on_chunk=on_chunk)
     if is_code:
         return grade(problems, completions, parameters, on_line)
     return [scores[completion.problem_id, completion.sample_index] for completion in completions]
@@ -225,15 +227,19 @@ def evaluate(stage: Stage, benchmarks: Mapping[str, Loaded], on_line=print) -> d
     parameters, metrics = stage.parameters, {}
     if parameters.isolation != "none" and any(part.problems[0].answer_kind == "code" for part in benchmarks.values()):
         sandbox.probe()
-    engine = lazy_engine(parameters, [problem for part in benchmarks.values() for problem in part.problems])
-    for name, part in asked(parameters.benchmarks, parameters.limit, parameters.n_samples).items():
+    folder = served_folder(parameters)
+    engine = lazy_engine(folder, parameters, [problem for part in benchmarks.values() for problem in part.problems])
+    draw = functools.partial(sample, folder, engine=engine)
+    parts = asked(parameters.benchmarks, parameters.limit, parameters.n_samples)
+    # The harness first: it starts an engine of its own, which would find the GPU's memory taken by ours.
+    for name, part in sorted(parts.items(), key=lambda item: not source_named(item[0]).lm_eval[0]):
         path, source = stage.path(f"completions-{name}.jsonl"), source_named(name)
         settings = parameters.model_copy(update={"n_samples": part.n_samples, "limit": part.limit})
         if source.lm_eval[0]:
-            completions, scores = lm_eval_harness.run_task(name, source, model_folder(parameters), settings, on_line)
+            completions, scores = lm_eval_harness.run_task(name, source, folder, settings, on_line)
             write_records(path, completions)
         else:
-            scores = _asked_and_graded(name, benchmarks[name].problems, path, settings, engine, on_line)
+            scores = _sampled_and_graded(name, benchmarks[name].problems, path, settings, draw, on_line)
         write_records(stage.path(f"scores-{name}.jsonl"), scores)
         metrics[name] = summarise(scores, source.domain)
         on_line(f"{name}: pass@1 {metrics[name]['pass_at_1']:.3f} +- {metrics[name]['stderr']:.3f}")

@@ -44,14 +44,13 @@ def render(tokenizer, messages: Sequence[dict[str, str]]) -> str:
     return text
 
 
-def prompt_ids(tokenizer, messages: Sequence[dict[str, str]], max_seq_tokens: int, problem_id: str) -> list[int]:
-    """The prompt's tokens. ValueError when they leave no room for an answer."""
-    ids = tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
-    if len(ids) >= max_seq_tokens:
-        raise ValueError(
-            f"the prompt of {problem_id} has {len(ids)} tokens, max_seq_tokens is {max_seq_tokens}: raise it"
-        )
-    return ids
+def rendered(tokenizer, messages: Sequence[dict[str, str]], limit: int, problem_id: str) -> tuple[list[int], str]:
+    """The prompt's tokens, and what it opens of the model's turn. ValueError where no room is left for an answer."""
+    text = render(tokenizer, messages)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) >= limit:
+        raise ValueError(f"the prompt of {problem_id} has {len(ids)} tokens, max_seq_tokens is {limit}: raise it")
+    return ids, "<think>\n" if text.rstrip().endswith("<think>") else ""
 
 
 def requests(problems: Sequence[Problem], tokenizer, parameters: GenerationParameters) -> list[Request]:
@@ -61,14 +60,15 @@ def requests(problems: Sequence[Problem], tokenizer, parameters: GenerationParam
     """
     drawn = []
     for problem in problems:
-        rendered: dict[tuple[str, ...], list[int]] = {}  # the samples of a problem mostly share their prompt
+        prompts: dict[tuple[str, ...], tuple[list[int], str]] = {}  # the samples of a problem mostly share theirs
         for index in range(parameters.n_samples):
             messages = tuple(chat(shown(problem, parameters.seed, index), parameters.protocol))
             text = tuple(message["content"] for message in messages)
-            if tokenizer is not None and text not in rendered:
-                rendered[text] = prompt_ids(tokenizer, messages, parameters.max_seq_tokens, problem.id)
+            if tokenizer is not None and text not in prompts:
+                prompts[text] = rendered(tokenizer, messages, parameters.max_seq_tokens, problem.id)
+            ids, opening = prompts.get(text, ([], ""))
             seed = sample_seed(parameters.seed, problem.id, index)
-            drawn.append(Request(problem.id, index, messages, rendered.get(text, []), seed))
+            drawn.append(Request(problem.id, index, messages, ids, seed, opening))
     return drawn
 
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tinyr1_utils.artifacts import sha256_folder
 from tinyr1_utils.config import GenerationParameters, from_root
 from tinyr1_utils.generation import load_tokenizer
 from tinyr1_utils.records import Completion, Score
@@ -28,10 +29,20 @@ def check_installed() -> None:
         raise ModuleNotFoundError("this benchmark needs lm-evaluation-harness, an optional extra: run `make lm-eval`")
 
 
-def version() -> str:
-    """What stands for a task's data among a stage's inputs: the harness pins the data, its version the task."""
+def _local_tasks(parameters: GenerationParameters) -> Path | None:
+    """The folder of a user's own task files, if there is one."""
+    local = from_root(parameters.data_root) / LOCAL_TASKS if parameters.data_root else None
+    return local if local and local.is_dir() else None
+
+
+def digest(parameters: GenerationParameters) -> str:
+    """What stands for a task's data among a stage's inputs: the harness's version, and the local task files' digest.
+
+    The harness names its tasks' data without a revision, so that data of the hub may change under one digest.
+    """
     check_installed()
-    return f"lm-eval:{importlib.metadata.version('lm-eval')}"
+    version, local = importlib.metadata.version("lm-eval"), _local_tasks(parameters)
+    return f"lm-eval:{version}" + (f":{sha256_folder(local)}" if local else "")
 
 
 def _engine_options(model: Path, parameters: GenerationParameters) -> list[str]:
@@ -64,8 +75,7 @@ def _command(task: str, model: Path, parameters: GenerationParameters, folder: P
     command = [sys.executable, "-m", "lm_eval", "run", *_engine_options(model, parameters), "--tasks", task]
     command += ["--gen_kwargs", f"max_gen_toks={parameters.max_new_tokens}", "--seed", str(parameters.seed)]
     command += ["--apply_chat_template", "--output_path", str(folder), "--log_samples"]
-    local = from_root(parameters.data_root) / LOCAL_TASKS if parameters.data_root else None
-    if local and local.is_dir():
+    if local := _local_tasks(parameters):
         command += ["--include_path", str(local)]
     return command + (["--limit", str(parameters.limit)] if parameters.limit else [])
 

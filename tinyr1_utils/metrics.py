@@ -89,7 +89,8 @@ def rate_interval(estimate: Estimate, confidence: float = 0.95) -> tuple[float, 
     share = _quantile(confidence, estimate.n_problems) ** 2 / effective
     centre = (mean + share / 2) / (1 + share)
     half = math.sqrt(share * max(spread, 0.0) + share**2 / 4) / (1 + share)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # Rounding must not leave the mean outside.
+    return min(max(centre - half, 0.0), mean), max(min(centre + half, 1.0), mean)
 
 
 def samples_needed(

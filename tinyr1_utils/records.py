@@ -81,7 +81,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Score:
-    """The verdict on one completion. `verdict` is `right`, `wrong`, `no_answer` or a code verdict of the sandbox."""
+    """The verdict on one completion. `verdict` is one of `Verdict`'s statuses."""
 
     problem_id: str
     sample_index: int

@@ -174,7 +174,8 @@ def check_names(config: RunConfig) -> None:
         asked(parameters.benchmarks)
     for variant in config.stress.variants:
         parameters = stage_parameters(config, "stress", variant)
-        asked(parameters.benchmark)
+        if len(asked(parameters.benchmark)) != 1:
+            raise ValueError(f"stress.variants.{variant}: name one benchmark, not {parameters.benchmark!r}")
         for change in names(parameters.changes):
             if change not in CHANGES:
                 raise ValueError(f"stress.variants.{variant}: unknown change {change!r}{nearest(change, CHANGES)}")

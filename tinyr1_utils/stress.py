@@ -16,6 +16,7 @@ from tinyr1_utils.generation import sample
 from tinyr1_utils.metrics import Estimate, clustered_mean, interval, paired_difference
 from tinyr1_utils.perturbations import CHANGES, check_change, original_id, require_choice
 from tinyr1_utils.records import Problem, Score, write_records
+from tinyr1_utils.sources import asked
 
 ORIGINAL = "original"
 
@@ -86,9 +87,11 @@ def compare(original: Mapping[str, Sequence[float]], changed: Mapping[str, Seque
 
 def stress(stage: Stage, problems: Sequence[Problem], changed: Mapping[str, Sequence[Problem]], on_line=print) -> dict:
     """Sample and grade the original and every change; returns the comparison per change for the manifest."""
-    parameters = stage.parameters
+    (part,) = asked(stage.parameters.benchmark, stage.parameters.limit, stage.parameters.n_samples).values()
+    parameters = stage.parameters.model_copy(update={"n_samples": part.n_samples, "limit": part.limit})
     everything = [problem for items in (problems, *changed.values()) for problem in items]
-    engine, folder = lazy_engine(parameters, everything), served_folder(parameters)
+    folder = served_folder(parameters)
+    engine = lazy_engine(folder, parameters, everything)
     values = {}
     for name, items in {ORIGINAL: problems, **changed}.items():
         if not items:
