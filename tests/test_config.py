@@ -9,6 +9,7 @@ import yaml
 
 from tinyr1_utils.config import (
     STAGES,
+    EvaluationParameters,
     SftParameters,
     load_config,
     names,
@@ -16,6 +17,7 @@ from tinyr1_utils.config import (
     project_root,
     stage_parameters,
     upstream,
+    validated,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,3 +260,16 @@ def test_tinyr1_sampling():
         counts = {name: part.n_samples for name, part in asked(p.benchmarks, p.limit, p.n_samples).items()}
         of_code = 1 if p.protocol == "tinyr1" else 4  # the script samples once, the paper four times
         assert counts == {"aime24": 16, "aime25": 16, "gpqa-diamond": 4, "livecodebench": of_code}
+
+
+def test_an_endpoint_is_named_without_a_password():
+    values = stage_parameters(PAPER, "evaluation", "backbone").model_dump()
+    for url, backend, sentence in (
+        ("http://user:secret@host/v1", "endpoint", "holds a user or a password"),
+        ("", "endpoint", "go together"),
+        ("http://host/v1", "vllm", "go together"),
+    ):
+        changed = values | {"endpoint_url": url, "backend": backend}
+        with pytest.raises(ValueError, match=sentence) as raised:
+            validated(EvaluationParameters, changed, "here")
+        assert "secret" not in str(raised.value)

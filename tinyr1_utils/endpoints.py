@@ -83,9 +83,8 @@ def _client(url: str, **options: Any):
 
 
 def _shown(url: str) -> str:
-    """The URL without user, password and query."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+    """The URL without its query."""
+    return urlsplit(url)._replace(query="").geturl()
 
 
 def _refusal(url: str, error: Any) -> Exception:
