@@ -86,7 +86,8 @@ BAD = {
         set_key("stress", "shared", "changes", "noun"),
         "stress.variants.backbone: unknown change 'noun'; did you mean 'nouns'?",
     ),
-    "bad number of samples": (set_key("evaluation", "shared", "benchmarks", "micro-math@x"), "positive integer"),
+    "bad number of samples": (set_key("evaluation", "shared", "benchmarks", "micro-math@x"), "write a benchmark as"),
+    "two stress benchmarks": (set_key("stress", "shared", "benchmark", "micro-science,micro-math"), "name one"),
 }  # fmt: skip
 AS_A_PROGRAM = ("unknown key", "unknown domain", "unknown benchmark", "unknown upstream branch")
 
@@ -194,6 +195,6 @@ def test_the_papers_run_is_planned_and_nothing_is_run(project):
     assert done.returncode == 0, done.stderr
     jobs = planned(done.stdout + done.stderr)
     jobs.pop("total")
-    assert jobs == {"curation": 3, "sft": 4, "merge": 3, "evaluation": 8, "stress": 3, "analysis": 1, "all": 1}
+    assert jobs == {"curation": 3, "sft": 4, "merge": 3, "evaluation": 10, "stress": 3, "analysis": 1, "all": 1}
     assert "is done" not in done.stdout
     assert {path.name for path in (project / "papermill_runs" / "tinyr1-32b").iterdir()} <= {".run.lock"}
