@@ -27,10 +27,11 @@ import pandas as pd
 from make_run import processor
 
 from tinyr1_utils.backbones import cache_folder
+from tinyr1_utils.chat_templates import load_tokenizer
 from tinyr1_utils.config import EvaluationParameters, from_root, load_config, stage_parameters
 from tinyr1_utils.endpoints import server_command, start_server, stop_server
 from tinyr1_utils.engines import room
-from tinyr1_utils.generation import load_tokenizer, requests, sample, start_engine
+from tinyr1_utils.generation import requests, sample, start_engine
 from tinyr1_utils.micro_problems import generate
 from tinyr1_utils.records import Completion
 

@@ -321,7 +321,7 @@ def test_frames_for_the_notebook(tmp_path):
     left = curation.example_frame(selection, folder, kept=False)
     assert set(left["filter"]) == {"complete", "verified"} and left["reason"].str.len().gt(0).all()
     assert curation.evidence_frame(selection).empty
-    licence = curation.licence_frame(told).iloc[0]
+    licence = curation.licence_frame(told, curation_scan.input_digests(told)).iloc[0]
     assert (licence["source"], licence["licence"], licence["url"]) == (
         "file:own.jsonl",
         "as its owner says",

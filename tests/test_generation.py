@@ -13,12 +13,12 @@ import pytest
 from conftest import REPOSITORY
 
 from tinyr1_utils.answers import final_text
+from tinyr1_utils.chat_templates import load_tokenizer
 from tinyr1_utils.config import EvaluationParameters, load_config, stage_parameters
 from tinyr1_utils.engines import Request
 from tinyr1_utils.generation import (
     CompletionsFile,
     draw_into,
-    load_tokenizer,
     requests,
     sample,
     sample_seed,
@@ -240,24 +240,3 @@ def test_reasoning_that_the_template_opens_is_part_of_the_text(tmp_path):
     assert completion.text.startswith("<think>\n") and completion.finish_reason == "length"
     assert completion.output_tokens == 4 and final_text(completion.text) == ""
     assert requests(PROBLEMS[:1], load_tokenizer(BACKBONE), settings())[0].opening == ""
-
-
-def test_a_folder_without_a_chat_template_is_named(tmp_path):
-    model_copy(tmp_path / "model")
-    (tmp_path / "model/chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match=r"has no chat template: copy chat_template\.jinja"):
-        load_tokenizer(tmp_path / "model")
-
-
-def test_a_tokenizer_that_is_rebuilt_otherwise_is_named(tmp_path):
-    """transformers gives every model of type qwen2 Qwen's own pre-tokenizer."""
-    folder = model_copy(tmp_path / "model", config={"model_type": "qwen2"})
-    with pytest.raises(ValueError, match=rf"{folder}.*Qwen2Tokenizer.*otherwise than tokenizer\.json.*'qwen2'"):
-        load_tokenizer(folder)
-
-
-@pytest.mark.parametrize("folder", ["models/micro-backbone", ".cache/smollm2-135m-instruct"])
-def test_tokenizers_at_hand_are_read_as_their_files_say(folder):
-    if not (REPOSITORY / folder).is_dir():
-        pytest.skip(f"{folder} is not there")
-    assert load_tokenizer(REPOSITORY / folder).chat_template

@@ -158,6 +158,47 @@ def test_command_of_each_launcher(parameters, tmp_path):
     with_hosts = parameters(launcher="deepspeed", num_processes=32, hostfile=str(hostfile))
     with pytest.raises(FileNotFoundError, match=r"no hostfile .*one line `host slots=8` per node"):
         launch.command(with_hosts, "a.job", [])
-    hostfile.write_text("a slots=8\n")
+    hostfile.write_text("# the paper's\n" + "".join(f"node{n} slots=8\n" for n in range(4)))
     command = launch.command(with_hosts, "a.job", [])
     assert command[command.index("--hostfile") + 1] == str(hostfile) and "--num_gpus" not in command
+    assert int(command[command.index("--master_port") + 1]) > 0
+    with pytest.raises(ValueError, match="has 32 slots, num_processes is 16: make them equal"):
+        launch.command(with_hosts.model_copy(update={"num_processes": 16}), "a.job", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("node1 slots=8\nnode2 slot=8\n", r"hosts, line 2: 'node2 slot=8' is not `host slots=8`"),
+        ("node1\n", r"hosts, line 1: 'node1' is not `host slots=8`"),
+        ("node1 slots=0\n", r"hosts, line 1: 'node1 slots=0' is not `host slots=8`"),
+        ("node1 slots=8\nnode1 slots=4\n", r"hosts, line 2: host node1 is named twice"),
+        ("# nobody\n\n", r"names no host: one line `host slots=8` per node"),
+    ],
+)
+def test_a_hostfile_with_a_typo_is_named_with_its_line(tmp_path, text, sentence):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        launch.read_hostfile(tmp_path / "hosts")
+
+
+def test_srun_is_refused_outside_a_slurm_job(parameters, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(ValueError, match="launcher 'srun' starts workers in a Slurm job, and this is none"):
+        launch.command(parameters(launcher="srun"), "a.job", [])
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("print('a line'); print('ERROR  the rows are empty'); raise SystemExit(1)", r"^the rows are empty$"),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            r"^a process of the job was ended by SIGKILL, perhaps for want of memory",
+        ),
+        ("import os; os.kill(os.getpid(), 15)", r"^a process of the job was ended by SIGTERM: run the stage again"),
+    ],
+)
+def test_what_ended_a_job_is_one_sentence(code, sentence):
+    with pytest.raises(RuntimeError, match=sentence):
+        launch.run([sys.executable, "-c", code], lambda line: None)

@@ -19,6 +19,7 @@ from tinyr1_utils.artifacts import completed, output
 from tinyr1_utils.config import BACKBONE, names
 from tinyr1_utils.metrics import Estimate, clustered_mean, interval, paired_difference, rate_interval, sign_test
 from tinyr1_utils.records import DOMAINS, GENERAL, Score, require_records
+from tinyr1_utils.sft_data import held_out_frame
 from tinyr1_utils.sources import SOURCES
 
 ORDER = (*DOMAINS, GENERAL)
@@ -291,6 +292,16 @@ def branch_frame(run_dir: Path) -> pd.DataFrame:
         for branch, manifest in _branches(completed(run_dir))
     ]
     return pd.DataFrame(rows, columns=BRANCH)
+
+
+def forgetting_frame(run_dir: Path) -> pd.DataFrame:
+    """Held-out loss of every branch by domain, before and after; columns branch and those of `sft_data.held_out_frame`.
+
+    Empty for runs whose manifests do not tell it.
+    """
+    told = [(branch, m["metrics"]) for branch, m in _branches(completed(run_dir)) if "held_out" in m["metrics"]]
+    parts = [held_out_frame(metrics).assign(branch=branch) for branch, metrics in told]
+    return pd.concat(parts, ignore_index=True) if parts else held_out_frame({"held_out": []}).assign(branch=[])
 
 
 def main_metrics(accuracy: pd.DataFrame, absent: list[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from tinyr1_utils.records import DOMAINS
 
@@ -86,6 +86,7 @@ class CurationParameters(StageParameters):
     limit: NonNegative
     expected_rows: NonNegative = 0
     backbone: str
+    chat_template: str = ""
     teacher: Literal["none", "endpoint", "vllm"] = "none"
     teacher_model: str = ""
     teacher_url: str = ""
@@ -133,9 +134,18 @@ class SftParameters(StageParameters):
 
     stage: ClassVar[str] = "sft"
     notebook: ClassVar[str] = "02_branch_sft"
-    not_facts: ClassVar[frozenset[str]] = StageParameters.not_facts | {"report_to", "save_steps"}
+    not_facts: ClassVar[frozenset[str]] = StageParameters.not_facts | {"report_to", "hostfile", "master_port"}
+    # How the rows of a step are spread over processes; how many they are together is `global_batch_rows`.
+    resumable: ClassVar[frozenset[str]] = frozenset({
+        "launcher", "num_processes", "num_nodes", "per_device_batch_size", "gradient_accumulation",
+    })  # fmt: skip
     domains: str
+    watched_domains: str = ""
     backbone: str
+    chat_template: str = ""
+    method: Literal["full", "lora"] = "full"
+    lora_rank: Positive = 32
+    lora_alpha: Positive = 64
     epochs: Annotated[float, Field(gt=0)]
     max_steps: NonNegative
     learning_rate: Annotated[float, Field(gt=0, le=1)]
@@ -150,28 +160,33 @@ class SftParameters(StageParameters):
     gradient_accumulation: Positive
     max_seq_tokens: Positive
     packing: Literal["none", "plain", "neat"]
+    over_limit: Literal["drop", "truncate"] = "drop"
     gradient_checkpointing: bool
     use_liger_kernel: bool
     attention: Literal["sdpa", "flash_attention_2", "eager"]
     precision: Literal["bfloat16", "float32"]
     branch_dtype: Literal["bfloat16", "float32"]
+    branch_choice: Literal["last", "best"] = "last"
     held_out_rows: NonNegative
     save_steps: Positive
-    launcher: Literal["single", "torchrun", "deepspeed"]
+    launcher: Literal["single", "torchrun", "deepspeed", "srun"]
     zero_stage: Literal[0, 2, 3]
     num_processes: Positive
+    num_nodes: Positive = 1
+    sequence_parallel_size: Positive = 1
     hostfile: str
+    master_port: Annotated[int, Field(ge=0, le=65535)] = 0
     threads: Positive
     report_to: str
     seed: int
 
-    @field_validator("domains")
+    @field_validator("domains", "watched_domains")
     @classmethod
-    def known_domains(cls, text: str) -> str:
+    def known_domains(cls, text: str, info: ValidationInfo) -> str:
         for domain in names(text):
             if domain not in DOMAINS:
                 raise ValueError(f"unknown domain {domain!r}; one of {', '.join(DOMAINS)}{nearest(domain, DOMAINS)}")
-        if not names(text):
+        if info.field_name == "domains" and not names(text):
             raise ValueError(f"names no domain; give one or more of {', '.join(DOMAINS)}")
         return text
 
@@ -179,10 +194,46 @@ class SftParameters(StageParameters):
     def launcher_fits(self) -> "SftParameters":
         if self.launcher == "single" and (self.num_processes > 1 or self.zero_stage):
             raise ValueError("launcher 'single' takes num_processes 1 and zero_stage 0; use torchrun or deepspeed")
+        if self.launcher == "torchrun" and self.num_nodes > 1:
+            raise ValueError(
+                "launcher 'torchrun' is for one node: use deepspeed with a hostfile, or srun in a Slurm job"
+            )
+        if self.num_processes % self.num_nodes:
+            raise ValueError(f"{self.num_processes} processes do not share out evenly over {self.num_nodes} nodes")
         return self
 
+    @model_validator(mode="after")
+    def isolation_holds(self) -> "SftParameters":
+        if self.attention == "flash_attention_2" and self.packing == "neat" and self.per_device_batch_size > 1:
+            raise ValueError(
+                "flash_attention_2 keeps the samples of a neat row apart only with per_device_batch_size 1: raise "
+                "gradient_accumulation instead, or use sdpa"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def choice_is_measured(self) -> "SftParameters":
+        if self.branch_choice == "best" and not self.held_out_rows:
+            raise ValueError("branch_choice 'best' needs held_out_rows above 0 to choose by")
+        return self
+
+    @property
+    def global_batch_rows(self) -> int:
+        """Rows of one optimizer step, over all processes."""
+        processes = self.num_processes // self.sequence_parallel_size
+        return self.per_device_batch_size * self.gradient_accumulation * processes
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"global_batch_rows": self.global_batch_rows}
+
+    @property
+    def held_out_domains(self) -> tuple[str, ...]:
+        """Every domain whose held-out loss is taken before and after: its own, then the other watched ones."""
+        own = names(self.domains)
+        return own + tuple(domain for domain in names(self.watched_domains) if domain not in own)
+
     def upstream(self) -> tuple[str, ...]:
-        return tuple(f"curation/{domain}" for domain in names(self.domains))
+        return tuple(f"curation/{domain}" for domain in self.held_out_domains)
 
 
 class MergeParameters(StageParameters):
@@ -222,6 +273,7 @@ class GenerationParameters(StageParameters):
     data_root: str
     limit: NonNegative
     protocol: Literal["default", "tinyr1"] = "default"
+    template_override: str = ""
     choice_scoring: Literal["generated", "log_likelihood"] = "generated"
     n_samples: NonNegative
     temperature: Annotated[float, Field(ge=0)]
@@ -343,6 +395,7 @@ class RunConfig(BaseModel):
     title: str
     hardware: str
     backbone: str
+    chat_template: str = ""
     data_root: str = ""
     seed: int = 0
     resources: dict[str, Resources] = {}
@@ -457,7 +510,7 @@ def stage_parameters(config: RunConfig, stage: str, variant: str, where: str = "
             f"{nearest(variant, section.variants)}"
         )
     fields = STAGES[stage].model_fields
-    run_wide = {"backbone": config.backbone, "data_root": config.data_root, "seed": config.seed, "title": config.title}
+    run_wide = {name: getattr(config, name) for name in ("backbone", "chat_template", "data_root", "seed", "title")}
     values = {"run_dir": config.run_dir, "variant": variant} | {k: v for k, v in run_wide.items() if k in fields}
     values |= section.shared | (section.variants[variant] or {})
     return validated(STAGES[stage], values, f"{where}: {stage}.variants.{variant}")

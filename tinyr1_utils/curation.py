@@ -6,18 +6,19 @@ reason, and kept + rejected = read. The result does not depend on the number of 
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from tinyr1_utils.chat_templates import template_facts
 from tinyr1_utils.config import CurationParameters
-from tinyr1_utils.curation_scan import UNREADABLE, source_names
+from tinyr1_utils.curation_scan import UNREADABLE, source_names, student_tokenizer
 from tinyr1_utils.filters import CONTAMINATED, SET_FILTERS, read_filters
 from tinyr1_utils.records import write_records
-from tinyr1_utils.sources import FILE, digest, source_named
+from tinyr1_utils.sources import FILE, Source, source_named
 
 MOST_VALUES = 12  # of a metadata field that is worth a table
 WITHHELD = "withheld: holds a confidential benchmark's text"
@@ -139,7 +140,6 @@ def metrics(selection: Selection, parameters: CurationParameters) -> dict[str, A
     total = steps[steps["source"] == "all"]
     over = selection.facts[selection.facts["left_at"] == "length"]
     lost = [evidence["over_limit_tokens"] for evidence in over["evidence"]]
-    sources = source_names(parameters)
     kept, evidence = selection.kept, evidence_frame(selection)
     taken = evidence.groupby(["benchmark", "field", "kind"]).size().reset_index(name="rows")
     return {
@@ -149,10 +149,13 @@ def metrics(selection: Selection, parameters: CurationParameters) -> dict[str, A
         "broken_lines": int((selection.facts["left_at"] == UNREADABLE).sum()),
         "unverifiable_rows": int((kept["mark"] == "unverifiable").sum()),
         "over_limit": {"rows": len(over), "tokens": int(sum(lost))},
-        "licence": "; ".join(
-            dict.fromkeys(source_named(name, parameters.columns, parameters.domain).licence for name in sources)
-        ),
+        "licence": "; ".join(dict.fromkeys(source.licence for source in _sources(parameters).values())),
+        **template_facts(student_tokenizer(parameters)),
     }
+
+
+def _sources(parameters: CurationParameters) -> dict[str, Source]:
+    return {name: source_named(name, parameters.columns, parameters.domain) for name in source_names(parameters)}
 
 
 def funnel_frame(selection: Selection, parameters: CurationParameters) -> pd.DataFrame:
@@ -208,19 +211,14 @@ def example_frame(selection: Selection, folder: Path, kept: bool, number: int = 
 def evidence_frame(selection: Selection) -> pd.DataFrame:
     """Every row that a benchmark took: id, benchmark, problem_id, field, kind, score, matched text."""
     taken = selection.facts[selection.facts["left_at"] == CONTAMINATED]
-    frame = pd.DataFrame([{"id": row.id} | row.evidence for row in taken.itertuples()])
-    return (
-        frame
-        if len(frame)
-        else pd.DataFrame(columns=["id", "benchmark", "problem_id", "field", "kind", "score", "text"])
-    )
+    columns = ["id", "benchmark", "problem_id", "field", "kind", "score", "text"]
+    return pd.DataFrame([{"id": row.id} | row.evidence for row in taken.itertuples()], columns=columns)
 
 
-def licence_frame(parameters: CurationParameters) -> pd.DataFrame:
-    """What was read, under which licence, from where: columns source, licence, url, revision."""
-    rows = []
-    for name in source_names(parameters):
-        source = source_named(name, parameters.columns, parameters.domain)
-        where = digest(name, parameters.data_root, parameters.columns, parameters.domain)
-        rows.append((name, source.licence, source.url, where[:60]))
+def licence_frame(parameters: CurationParameters, inputs: Mapping[str, str]) -> pd.DataFrame:
+    """What was read, under which licence, from where. `inputs` are the stage's digests.
+
+    Columns source, licence, url, revision or SHA-256.
+    """
+    rows = [(name, source.licence, source.url, inputs[name][:60]) for name, source in _sources(parameters).items()]
     return pd.DataFrame(rows, columns=["source", "licence", "url", "revision or SHA-256"])

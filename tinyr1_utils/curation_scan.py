@@ -23,9 +23,9 @@ import pandas as pd
 from tinyr1_utils import filters
 from tinyr1_utils.artifacts import sha256_folder, sha256_json
 from tinyr1_utils.backbones import resolve_backbone
+from tinyr1_utils.chat_templates import end_of_turn, file_tokenizer, template_text
 from tinyr1_utils.config import CurationParameters, from_root, names
 from tinyr1_utils.filters import CONTAMINATED, ROW_FILTERS, Finding, Row, read_filters
-from tinyr1_utils.generation import load_tokenizer
 from tinyr1_utils.launch import die_with_parent
 from tinyr1_utils.prompts import chat
 from tinyr1_utils.records import GENERAL, BrokenLine, Problem, Trace, atomic_path
@@ -161,10 +161,20 @@ def ask_teacher(parameters: CurationParameters, path: Path) -> Taught:
     return Taught(sampled.traces, summary, (path.name,) if path.is_file() else ())
 
 
-def student_text(tokenizer, problem: Problem, trace: Trace) -> tuple[str, str]:
-    """Prompt and response exactly as the student will see them: rendered chat, trace, end-of-turn token."""
+def student_tokenizer(parameters: CurationParameters):
+    """The backbone's tokenizer with the chat template that the run trains with."""
+    template = template_text(parameters.chat_template, parameters.backbone)
+    return file_tokenizer(resolve_backbone(parameters.backbone), template)
+
+
+def student_text(tokenizer, ending: str, problem: Problem, trace: Trace) -> tuple[str, str]:
+    """Prompt and response exactly as the student will see them: rendered chat, trace, end-of-turn token.
+
+    A template that opens the reasoning itself (DeepSeek-R1's) does so in the prompt, and the response goes on from it.
+    """
     prompt = tokenizer.apply_chat_template(chat(problem), tokenize=False, add_generation_prompt=True)
-    return prompt, trace.text + tokenizer.eos_token
+    opened = prompt.rstrip().endswith("<think>")
+    return prompt, (trace.text.removeprefix("<think>\n") if opened else trace.text) + ending
 
 
 def question_text(problem: Problem) -> str:
@@ -231,7 +241,8 @@ class Judge:
 
     def __init__(self, parameters: CurationParameters):
         self.parameters, self.chosen = parameters, read_filters(parameters.filters)
-        self.tokenizer = load_tokenizer(resolve_backbone(parameters.backbone))
+        self.tokenizer = student_tokenizer(parameters)
+        self.ending = end_of_turn(self.tokenizer)
         self.filters: dict[str, filters.RowFilter] = dict(ROW_FILTERS)
         if CONTAMINATED in self.chosen:
             from tinyr1_utils.decontamination import build_index
@@ -271,51 +282,54 @@ def _rows_of(source: str, entry: Entry) -> list[Row]:
     return [Row(source, entry.problem, trace) for trace in traces]
 
 
-def judge_part(judge: Judge, number: int, part: Sequence[tuple[str, Entry | BrokenLine]], folder: Path) -> None:
-    """Judge one part of the rows and write its texts and its facts; the facts come last and say that it is whole."""
-    facts: list[dict[str, Any]] = []
-    rows: list[Row] = []
-    read_entries = [(source, entry) for source, entry in part if isinstance(entry, Entry)]
-    hashes, signatures = judge.keys([entry.problem for _, entry in read_entries])
-    for (source, entry), question_hash, signature in zip(read_entries, hashes, signatures, strict=True):
-        place = {"source": source, "file": entry.file, "line": entry.line_number}
-        for row in _rows_of(source, entry):
-            rows.append(row)
-            facts.append(place | {"question_hash": question_hash, "signature": signature})
-    texts = [student_text(judge.tokenizer, row.problem, row.trace) for row in rows]
-    lengths = judge.tokenizer(["".join(pair) for pair in texts], add_special_tokens=False)["input_ids"] if texts else []
-    rows = [replace(row, tokens=len(ids)) for row, ids in zip(rows, lengths, strict=True)]
-    lines = []
-    for fact, row, (prompt, response), (left_at, finding) in zip(facts, rows, texts, judge.find(rows), strict=True):
-        metadata = {"source": row.source} | {
+def _judged(judge: Judge, source: str, entry: Entry, key: tuple[str, bytes]) -> Iterator[tuple[Row, dict, dict]]:
+    """Every row of an entry, not judged yet, with what is known of it already: its facts and its texts."""
+    for row in _rows_of(source, entry):
+        prompt, response = student_text(judge.tokenizer, judge.ending, row.problem, row.trace)
+        metadata = {"source": source} | {
             name: value
             for name, value in row.problem.metadata.items()
             if isinstance(value, str | int) and name != "calls"
         }
-        fact |= {
-            "id": row.problem.id, "sample_index": row.trace.sample_index, "tokens": row.tokens,
-            "characters": len(prompt) + len(response), "metadata": _short(metadata), "mark": finding.mark,
-            "left_at": left_at, "reason": finding.reason, "evidence": json.dumps(finding.evidence),
+        facts = {
+            "source": source, "file": entry.file, "line": entry.line_number, "id": row.problem.id,
+            "sample_index": row.trace.sample_index, "characters": len(prompt) + len(response),
+            "question_hash": key[0], "signature": key[1], "metadata": _short(metadata),
         }  # fmt: skip
-        lines.append({"question": question_text(row.problem), "prompt": prompt, "response": response})
-    for source, broken in part:
-        if isinstance(broken, BrokenLine):
-            place = f"{broken.file}:{broken.line_number}"
-            facts.append({
-                "source": source, "file": broken.file, "line": broken.line_number, "id": place, "left_at": UNREADABLE,
-                "reason": broken.reason, "evidence": "{}", "metadata": "{}", "mark": "", "tokens": 0, "characters": 0,
-                "sample_index": 0, "question_hash": "", "signature": b"",
-            })  # fmt: skip
-            lines.append({"question": broken.excerpt, "prompt": "", "response": ""})
+        yield row, facts, {"question": question_text(row.problem), "prompt": prompt, "response": response}
+
+
+def _unreadable(source: str, broken: BrokenLine) -> tuple[dict, dict]:
+    facts = {
+        "source": source, "file": broken.file, "line": broken.line_number, "id": f"{broken.file}:{broken.line_number}",
+        "left_at": UNREADABLE, "reason": broken.reason, "evidence": "{}", "metadata": "{}", "mark": "", "tokens": 0,
+        "characters": 0, "sample_index": 0, "question_hash": "", "signature": b"",
+    }  # fmt: skip
+    return facts, {"question": broken.excerpt, "prompt": "", "response": ""}
+
+
+def judge_part(judge: Judge, number: int, part: Sequence[tuple[str, Entry | BrokenLine]], folder: Path) -> None:
+    """Judge one part of the rows and write its texts and its facts; the facts come last and say that it is whole."""
+    read_entries = [(source, entry) for source, entry in part if isinstance(entry, Entry)]
+    keys = zip(*judge.keys([entry.problem for _, entry in read_entries]), strict=True)
+    found = [item for (s, e), key in zip(read_entries, keys, strict=True) for item in _judged(judge, s, e, key)]
+    texts = [text["prompt"] + text["response"] for _, _, text in found]
+    lengths = judge.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    rows = [replace(row, tokens=len(ids)) for (row, _, _), ids in zip(found, lengths, strict=True)]
+    written = []
+    for row, (_, facts, text), (left_at, finding) in zip(rows, found, judge.find(rows), strict=True):
+        verdict = {"tokens": row.tokens, "mark": finding.mark, "left_at": left_at, "reason": finding.reason}
+        written.append((facts | verdict | {"evidence": json.dumps(finding.evidence)}, text))
+    written += [_unreadable(source, broken) for source, broken in part if isinstance(broken, BrokenLine)]
     offset = 0
     with atomic_path(folder / f"{number:06}.jsonl") as temporary, open(temporary, "wb") as stream:
-        for fact, line in zip(facts, lines, strict=True):
-            size = stream.write(json.dumps(line).encode() + b"\n")
-            fact |= {"place": f"{fact['source']}|{fact['file']}:{fact['line']}", "part": number}
-            fact |= {"offset": offset, "size": size}
+        for facts, text in written:
+            size = stream.write(json.dumps(text).encode() + b"\n")
+            facts |= {"place": f"{facts['source']}|{facts['file']}:{facts['line']}", "part": number}
+            facts |= {"offset": offset, "size": size}
             offset += size
     with atomic_path(folder / f"{number:06}.parquet") as temporary:
-        pd.DataFrame(facts, columns=list(FACTS)).to_parquet(temporary)
+        pd.DataFrame([facts for facts, _ in written], columns=list(FACTS)).to_parquet(temporary)
 
 
 def _short(metadata: Mapping[str, Any]) -> str:

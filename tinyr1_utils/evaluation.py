@@ -13,8 +13,9 @@ import pandas as pd
 
 from tinyr1_utils import lm_eval_harness, sandbox
 from tinyr1_utils.answers import extract_code, grade_text
-from tinyr1_utils.artifacts import Stage, output_folder, sha256_folder
+from tinyr1_utils.artifacts import Stage, load_manifest, output_folder, sha256_folder
 from tinyr1_utils.backbones import check_model_folder, resolve_backbone
+from tinyr1_utils.chat_templates import load_tokenizer, template_facts
 from tinyr1_utils.config import BACKBONE, GenerationParameters, from_root
 from tinyr1_utils.endpoints import endpoint_model
 from tinyr1_utils.engines import Engine
@@ -31,7 +32,25 @@ def model_folder(parameters: GenerationParameters) -> Path:
     if parameters.model == BACKBONE:
         return resolve_backbone(parameters.backbone)
     kind = "branch" if parameters.model.startswith("sft/") else "merged"
-    return check_model_folder(output_folder(from_root(parameters.run_dir), parameters.model, kind))
+    run_dir = from_root(parameters.run_dir)
+    folder = check_model_folder(output_folder(run_dir, parameters.model, kind))
+    if parameters.backend != "endpoint" and not parameters.template_override:
+        _check_template(folder, run_dir, parameters.model)
+    return folder
+
+
+def _check_template(folder: Path, run_dir: Path, model: str) -> None:
+    """ValueError where a model would be asked with another chat template than it was trained with, unknowingly."""
+    facts = template_facts(load_tokenizer(folder))
+    branches = [model] if model.startswith("sft/") else load_manifest(run_dir, model)["inputs"]
+    for branch in (name for name in branches if name.startswith("sft/")):
+        trained = load_manifest(run_dir, branch)["metrics"]
+        differing = [name for name, value in facts.items() if trained.get(name, value) != value]
+        if differing:
+            raise ValueError(
+                f"{branch} was trained with another chat template than {model} holds ({', '.join(differing)} differ): "
+                "run that stage again, or name the template to ask with as template_override"
+            )
 
 
 def model_digest(parameters: GenerationParameters) -> str:

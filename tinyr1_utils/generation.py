@@ -6,14 +6,13 @@ the engines of `engines` (vLLM, transformers) and `endpoints` (servers).
 
 import contextlib
 import csv
-import functools
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from tinyr1_utils.chat_templates import load_tokenizer, template_text
 from tinyr1_utils.config import GenerationParameters
 from tinyr1_utils.endpoints import endpoint_engine, server_engine
 from tinyr1_utils.engines import ENGINES, Engine, Request
@@ -21,8 +20,6 @@ from tinyr1_utils.prompts import chat, shown
 from tinyr1_utils.records import Completion, Problem, read_records, to_json, write_records
 
 REPORT_S = 5.0  # between two lines of progress inside a chunk
-# What the tokenizers of transformers and of tokenizer.json are compared on: what pre-tokenizers treat differently.
-PROBE = "In 2024, 3.14+-12345*67=0? I'll can't   two  spaces\n\n\tdef f(x):\r\n return \"é ü 漢字 🙂\" \\boxed{7}"
 
 
 def sample_seed(seed: int, problem_id: str, sample_index: int) -> int:
@@ -75,39 +72,6 @@ def requests(
             seed = sample_seed(parameters.seed, problem.id, index)
             drawn.append(Request(problem.id, index, messages, ids, seed, opening))
     return drawn
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
-
-
-def load_tokenizer(model: Path):
-    """The model's tokenizer. Raises ValueError when it has no chat template or splits text otherwise than its file.
-
-    A folder whose files have not changed is read once: reading takes a second, and every benchmark asks.
-    """
-    files = [Path(model) / name for name in TOKENIZER_FILES]
-    return _read_tokenizer(str(model), tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files))
-
-
-@functools.lru_cache(maxsize=4)
-def _read_tokenizer(model: str, stamps: tuple[int, ...]):
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
-
-    tokenizer, file = AutoTokenizer.from_pretrained(model), Path(model) / "tokenizer.json"
-    if not tokenizer.chat_template:
-        raise ValueError(f"{model} has no chat template: copy chat_template.jinja from the model it was trained from")
-    if file.is_file():
-        # transformers builds the tokenizers of some model types anew from their vocabulary, whatever the file says.
-        plain = Tokenizer.from_file(str(file)).encode(PROBE, add_special_tokens=False).ids
-        if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != plain:
-            model_type = json.loads(file.with_name("config.json").read_text(encoding="utf-8")).get("model_type")
-            raise ValueError(
-                f"{model}: transformers reads its tokenizer as {type(tokenizer).__name__}, which splits text otherwise "
-                f"than tokenizer.json does: correct tokenizer_class in tokenizer_config.json, or the model_type "
-                f"{model_type!r} in config.json, to what tokenizer.json belongs to"
-            )
-    return tokenizer
 
 
 def start_engine(model: Path | None, parameters: GenerationParameters) -> Engine:
@@ -224,7 +188,8 @@ def sample(
     Rows count by their key: more samples or problems leave those that are there as they are; rows of other keys leave
     the file. `model` is not read for an endpoint. Everything else is as `draw_into` says.
     """
-    tokenizer = None if parameters.backend == "endpoint" else load_tokenizer(model)
+    template = template_text(parameters.template_override, parameters.backbone)
+    tokenizer = None if parameters.backend == "endpoint" else load_tokenizer(model, template)
     wanted, file = requests(problems, tokenizer, parameters), CompletionsFile(path)
     completions = draw_into(file, wanted, parameters, engine, on_progress, on_chunk)
     file.settle(wanted)

@@ -3,7 +3,9 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections import deque
@@ -13,6 +15,9 @@ from pathlib import Path
 from tinyr1_utils.config import SftParameters, from_root
 
 _PR_SET_PDEATHSIG = 1
+ERROR = "ERROR  "  # a job's last words: what went wrong, in one sentence
+# What torchrun and DeepSpeed's launcher say of a worker that a signal ended.
+_SIGNAL = re.compile(r"Signal (\d+) \(SIG\w+\) received|exitcode\s*:\s*-(\d+)|exits with return code = -(\d+)")
 
 
 def die_with_parent() -> None:
@@ -25,23 +30,84 @@ def search_path() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
+def read_hostfile(path: str | Path) -> dict[str, int]:
+    """Hosts and their slots in order, from lines such as `node1 slots=8`; blank lines and # comments are skipped.
+
+    Raises FileNotFoundError or ValueError with the file, the line and the remedy.
+    """
+    file, hosts = from_root(path), {}
+    if not file.is_file():
+        raise FileNotFoundError(f"no hostfile {path}: one line `host slots=8` per node")
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        found = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", text)
+        if not found:
+            raise ValueError(f"{path}, line {number}: {text!r} is not `host slots=8`")
+        if found[1] in hosts:
+            raise ValueError(f"{path}, line {number}: host {found[1]} is named twice; add its slots up on one line")
+        hosts[found[1]] = int(found[2])
+    if not hosts:
+        raise ValueError(f"hostfile {path} names no host: one line `host slots=8` per node")
+    return hosts
+
+
+def free_port(wanted: int = 0) -> int:
+    """A port that is free on this machine: the wanted one, or any. Raises OSError when the wanted one is in use."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", wanted))
+        except OSError:
+            raise OSError(f"port {wanted} is in use: choose another master_port, or 0 for any free one") from None
+        return probe.getsockname()[1]
+
+
+def _torchrun(parameters: SftParameters, port: int) -> list[str]:
+    options = [f"--nproc-per-node={parameters.num_processes}", "--rdzv-backend=c10d"]
+    return [sys.executable, "-m", "torch.distributed.run", *options, f"--rdzv-endpoint=localhost:{port}"]
+
+
+def _srun(parameters: SftParameters, port: int) -> list[str]:
+    """One torchrun on each node of the Slurm job that this process runs in."""
+    if not os.environ.get("SLURM_JOB_ID"):
+        raise ValueError("launcher 'srun' starts workers in a Slurm job, and this is none: submit it with sbatch")
+    nodes = parameters.num_nodes
+    listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    hosts = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()
+    if len(hosts) < nodes:
+        raise ValueError(f"the Slurm job has {len(hosts)} nodes, num_nodes is {nodes}: ask for more with --nodes")
+    tasks = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    options = [f"--nnodes={nodes}", f"--nproc-per-node={parameters.num_processes // nodes}", "--rdzv-backend=c10d"]
+    options += [f"--rdzv-endpoint={hosts[0]}:{port}", f"--rdzv-id={os.environ['SLURM_JOB_ID']}"]
+    return [*tasks, sys.executable, "-m", "torch.distributed.run", *options]
+
+
 def command(parameters: SftParameters, module: str, arguments: Sequence[str]) -> list[str]:
     """The command line that runs `python -m module arguments` as the parameters' launcher does it.
 
-    `single` is one process; `torchrun` is one node; `deepspeed` is DeepSpeed's launcher, with its hostfile if given.
+    `single` is one process; `torchrun` is one node; `deepspeed` is DeepSpeed's launcher, with its hostfile if given;
+    `srun` is torchrun on every node of the Slurm job around it. Raises ValueError or OSError, before anything starts,
+    for a hostfile, a number of slots or a port that can not work.
     """
     program = ["-m", module, *arguments]
     if parameters.launcher == "single":
         return [sys.executable, *program]
+    port = free_port(parameters.master_port)
     if parameters.launcher == "torchrun":
-        options = ["--standalone", f"--nproc-per-node={parameters.num_processes}"]
-        return [sys.executable, "-m", "torch.distributed.run", *options, *program]
-    options = ["--no_local_rank"]
+        return [*_torchrun(parameters, port), *program]
+    if parameters.launcher == "srun":
+        return [*_srun(parameters, port), *program]
+    options = ["--no_local_rank", "--master_port", str(port)]
     if parameters.hostfile:
-        hostfile = from_root(parameters.hostfile)
-        if not hostfile.is_file():
-            raise FileNotFoundError(f"no hostfile {parameters.hostfile}: one line `host slots=8` per node")
-        options += ["--hostfile", str(hostfile)]
+        slots = sum(read_hostfile(parameters.hostfile).values())
+        if slots != parameters.num_processes:
+            raise ValueError(
+                f"hostfile {parameters.hostfile} has {slots} slots, num_processes is {parameters.num_processes}: make "
+                "them equal, since the global batch hangs on it"
+            )
+        options += ["--hostfile", str(from_root(parameters.hostfile))]
     else:
         options += ["--num_gpus", str(parameters.num_processes)]
     return [sys.executable, "-m", "deepspeed.launcher.runner", *options, "--module", module, *arguments]
@@ -56,7 +122,8 @@ def run(
     """Run a command in its own process group, hand over its output line by line, and wait.
 
     Whatever ends this call early (an interrupt, an error in `on_line`) kills the whole group first. Raises
-    RuntimeError with the last lines of output when the command fails.
+    RuntimeError when the command fails: with the sentence that the job left behind ERROR, else with what ended it and
+    its last lines.
     """
     process = subprocess.Popen(
         arguments,
@@ -69,10 +136,13 @@ def run(
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
-    last = deque(maxlen=25)
+    last, said, ended_by = deque(maxlen=25), "", 0
     try:
         for line in process.stdout:
             last.append(line.rstrip())
+            said = said or line.rstrip().partition(ERROR)[2]
+            found = _SIGNAL.search(line)
+            ended_by = ended_by or int(next(filter(None, found.groups()))) if found else ended_by
             on_line(line.rstrip())
         code = process.wait()
     except BaseException:
@@ -80,7 +150,18 @@ def run(
         raise
     if code:
         _kill_group(process)
-        raise RuntimeError(f"the job ended with code {code}; its last lines:\n" + "\n".join(last))
+        raise RuntimeError(_reason(code, said, ended_by, last))
+
+
+def _reason(code: int, said: str, ended_by: int, last: Sequence[str]) -> str:
+    ended_by = ended_by or max(0, -code)
+    if said:
+        return said
+    if ended_by:
+        name = signal.Signals(ended_by).name
+        memory = ", perhaps for want of memory" if ended_by == signal.SIGKILL else ""
+        return f"a process of the job was ended by {name}{memory}: run the stage again, it goes on where it was"
+    return f"the job ended with code {code}; its last lines:\n" + "\n".join(last)
 
 
 def _kill_group(process: subprocess.Popen) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tinyr1_utils.artifacts import sha256_folder
+from tinyr1_utils.chat_templates import load_tokenizer
 from tinyr1_utils.config import GenerationParameters, from_root
-from tinyr1_utils.generation import load_tokenizer
 from tinyr1_utils.records import Completion, Score
 from tinyr1_utils.sources import Source
 
@@ -100,6 +100,8 @@ def run_task(
     Raises RuntimeError with the end of its log where it fails.
     """
     check_installed()
+    if parameters.template_override:
+        raise ValueError(f"{name} is asked with the model's own chat template: leave template_override empty for it")
     task, metric, wanted = source.lm_eval
     on_line(f"{name}: lm-evaluation-harness asks task {task}")
     with tempfile.TemporaryDirectory() as folder:

@@ -18,8 +18,9 @@ import yaml
 from tinyr1_utils import checkpoints, deltas, launch, recipes
 from tinyr1_utils.artifacts import Stage, output_folder, require_space, sha256_file
 from tinyr1_utils.backbones import COMPANION_FILES, check_model_folder, resolve_backbone
+from tinyr1_utils.chat_templates import load_tokenizer
 from tinyr1_utils.config import BACKBONE, GenerationParameters, MergeParameters, names, validated
-from tinyr1_utils.generation import ENGINES, load_tokenizer, requests
+from tinyr1_utils.generation import ENGINES, requests
 from tinyr1_utils.records import Problem, atomic_path
 
 FUSION_REPORT = "fusion.csv"
@@ -69,13 +70,14 @@ def link_backbone(stage: Stage) -> Path:
 
 
 def check_branches(branches: Mapping[str, Path]) -> None:
-    """ValueError naming two branches and what differs: tensors, shapes, dtypes or tokenizers."""
+    """ValueError naming two branches and what differs: tensors, shapes, dtypes, tokenizers or chat templates."""
     checkpoints.check_alike({name: checkpoints.entries(check_model_folder(f)) for name, f in branches.items()})
-    digests = {name: sha256_file(folder / "tokenizer.json") for name, folder in branches.items()}
-    first, *others = digests
-    for name in others:
-        if digests[name] != digests[first]:
-            raise ValueError(f"{first} and {name} have different tokenizers; train both from one backbone")
+    (first, origin), *others = branches.items()
+    for file, what in (("tokenizer.json", "tokenizers"), ("chat_template.jinja", "chat templates")):
+        expected = sha256_file(origin / file) if (origin / file).is_file() else ""
+        for name, folder in others:
+            if (sha256_file(folder / file) if (folder / file).is_file() else "") != expected:
+                raise ValueError(f"{first} and {name} have different {what}; train both from one backbone")
 
 
 def merge(stage: Stage, on_line: Callable[[str], None] = print) -> Path:

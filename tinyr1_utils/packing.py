@@ -1,28 +1,28 @@
 """Owns how samples fill the rows of a training batch: best-fit packing, positions and labels. Trains nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 IGNORED = -100  # the label that carries no loss
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of one chat; the first `prompt_tokens` of them carry no loss."""
+    """Token ids (tokens,) int32 of one chat; the first `prompt_tokens` of them carry no loss."""
 
-    ids: tuple[int, ...]
+    ids: np.ndarray
     prompt_tokens: int
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row of a batch: ids, labels (IGNORED on prompts) and positions, all of one length."""
+    """One row of a batch: ids, labels (IGNORED on prompts) and positions, each (tokens,) int32."""
 
-    ids: list[int]
-    labels: list[int]
-    positions: list[int]
+    ids: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
     n_samples: int
 
 
@@ -59,42 +59,46 @@ def packed_row(samples: Sequence[Sample], neat: bool) -> PackedRow:
 
     A sample's first token carries no loss in either case: nothing of its own precedes it.
     """
-    ids, labels, positions = [], [], []
+    ids = np.concatenate([sample.ids for sample in samples]).astype(np.int32)
+    labels, positions = ids.copy(), np.arange(len(ids), dtype=np.int32)
+    start = 0
     for sample in samples:
-        start = 0 if neat else len(positions)
-        masked = max(1, sample.prompt_tokens)
-        ids += sample.ids
-        labels += [IGNORED] * masked + list(sample.ids[masked:])
-        positions += range(start, start + len(sample.ids))
+        labels[start : start + max(1, sample.prompt_tokens)] = IGNORED
+        if neat:
+            positions[start : start + len(sample.ids)] -= start
+        start += len(sample.ids)
     return PackedRow(ids, labels, positions, len(samples))
 
 
-def pack(samples: Sequence[Sample], row_tokens: int, packing: str) -> list[PackedRow]:
+def pack(samples: Sequence[Sample], row_tokens: int, packing: str) -> Iterator[PackedRow]:
     """Rows for `packing`: `none` (one sample a row), `plain` (samples attend to each other), `neat` (isolated)."""
     if packing == "none":
-        return [packed_row([sample], neat=True) for sample in samples]
-    groups = best_fit_decreasing([len(sample.ids) for sample in samples], row_tokens)
-    return [packed_row([samples[i] for i in group], neat=packing == "neat") for group in groups]
+        groups = [[index] for index in range(len(samples))]
+    else:
+        groups = best_fit_decreasing([len(sample.ids) for sample in samples], row_tokens)
+    for group in groups:
+        yield packed_row([samples[index] for index in group], neat=packing != "plain")
 
 
-def collate(rows: Sequence[dict], pad_id: int) -> dict[str, torch.Tensor]:
-    """Rows padded on the right to the longest: input_ids, labels, position_ids, each (rows, tokens) int64.
+def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int):
+    """Rows padded on the right to the longest: input_ids, labels, position_ids, each (rows, tokens) int64 tensors.
 
     No attention mask on purpose: from restarting positions transformers builds the block-diagonal mask itself, but
     only when it is given no mask and no cache. Padding gets positions 0, 1, ... and so is a block of its own.
     """
-    width = max(len(row["ids"]) for row in rows)
+    import torch
 
-    def padded(name: str, fill) -> torch.Tensor:
-        return torch.tensor([list(row[name]) + fill(width - len(row[name])) for row in rows])
+    lengths = [len(row["ids"]) for row in rows]
+    shape = (len(rows), max(lengths))
+    ids, labels = np.full(shape, pad_id, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        ids[number, :length], labels[number, :length] = row["ids"], row["labels"]
+        positions[number, :length], positions[number, length:] = row["positions"], np.arange(shape[1] - length)
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    return {
-        "input_ids": padded("ids", lambda n: [pad_id] * n),
-        "labels": padded("labels", lambda n: [IGNORED] * n),
-        "position_ids": padded("positions", lambda n: list(range(n))),
-    }
 
-
-def utilisation(rows: Sequence[PackedRow], row_tokens: int) -> float:
-    """Real tokens over row tokens."""
-    return sum(len(row.ids) for row in rows) / (len(rows) * row_tokens) if rows else 0.0
+def utilisation(row_lengths: Sequence[int], row_tokens: int) -> float:
+    """Real tokens over row tokens, from the real tokens of each row."""
+    return sum(row_lengths) / (len(row_lengths) * row_tokens) if len(row_lengths) else 0.0

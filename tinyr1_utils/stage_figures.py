@@ -1,6 +1,9 @@
 """Owns the figures of a single stage that notebooks 01, 02, 04 and 05 show: a small frame in, a Figure out."""
 
+import math
+
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -10,6 +13,7 @@ from tinyr1_utils import looks
 from tinyr1_utils.plotting import styled
 
 COLUMN_WIDTH_IN = 3.4
+TRAINING = ["step", "loss", "held_out_loss", "learning_rate", "grad_norm", "tokens_per_s"]
 
 
 def _axes(height_in: float) -> tuple[Figure, Axes]:
@@ -30,11 +34,38 @@ def length_histogram(frame: pd.DataFrame, max_seq_tokens: int) -> Figure:
 
 
 @styled
-def running_loss(frame: pd.DataFrame) -> Figure:
-    """The training loss so far. Columns step, loss."""
-    figure, axes = _axes(1.8)
-    sns.lineplot(frame, x="step", y="loss", ax=axes)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+def running_training(frame: pd.DataFrame) -> Figure:
+    """Training so far: loss and held-out loss, learning rate, gradient norm, tokens/s. Columns TRAINING, gaps NaN."""
+    figure, panels = plt.subplots(1, 4, figsize=(2 * COLUMN_WIDTH_IN, 1.6))
+    plt.close(figure)
+    columns = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
+    labels = ("loss (nats per token)", "learning rate", "gradient norm", "tokens/s")
+    for axes, column, label in zip(panels, columns, labels, strict=True):
+        sns.lineplot(frame.dropna(subset=column), x="step", y=column, ax=axes)
+        axes.set(xlabel="optimizer step", ylabel=label)
+    held_out = frame.dropna(subset="held_out_loss")
+    sns.lineplot(held_out, x="step", y="held_out_loss", ax=panels[0], color="black", marker="o", markersize=3)
+    panels[0].set(ylabel=labels[0], title="black: held out" if len(held_out) else "")
+    return figure
+
+
+@styled
+def packed_row(frame: pd.DataFrame) -> Figure:
+    """One packed row as a picture, line by line: a colour per sample, pale where a token carries no loss.
+
+    Frame: `sft_data.mask_frame`. The lines are about eight times as long as they are many.
+    """
+    width = 2 ** math.ceil(math.log2(math.sqrt(8 * len(frame))))
+    colours = np.array(sns.color_palette("colorblind", 10))[frame["sample"].to_numpy() % 10]
+    strength = np.where(frame["carries_loss"], 1.0, 0.25)[:, None]
+    cells = np.ones((math.ceil(len(frame) / width) * width, 3))
+    cells[: len(frame)] = colours * strength + 1 - strength
+    figure, axes = plt.subplots(figsize=(2 * COLUMN_WIDTH_IN, 1.2))
+    plt.close(figure)
+    axes.imshow(cells.reshape(-1, width, 3), aspect="auto", interpolation="nearest")
+    samples, learnt = frame["sample"].nunique(), frame["carries_loss"].mean()
+    axes.set(title=f"{len(frame):,} tokens of {samples} samples, {learnt:.0%} carry loss", yticks=[])
+    axes.set_xlabel(f"token (each line {width:,} tokens)")
     return figure
 
 

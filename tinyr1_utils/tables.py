@@ -195,6 +195,16 @@ def branch_table(branches: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def forgetting_table(forgetting: pd.DataFrame) -> pd.DataFrame:
+    """Branches x domains: held-out loss before -> after (nats per token), and an alarm where another domain's rose."""
+    return _wide(
+        forgetting.assign(branch="sft/" + forgetting["branch"]),
+        "branch",
+        lambda r: r.domain,
+        lambda r: f"{r.before:.3f} -> {r.after:.3f} ({r.change:+.0%}{', alarm' if r.alarm else ''})",
+    )
+
+
 def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
     """`status.stage_costs` in words: minutes summed over variants, the highest peak memory."""
     lines = [

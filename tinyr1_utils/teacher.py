@@ -13,10 +13,11 @@ from pathlib import Path
 from tinyr1_utils.adapters import think_trace
 from tinyr1_utils.artifacts import sha256_folder
 from tinyr1_utils.backbones import resolve_backbone
+from tinyr1_utils.chat_templates import load_tokenizer
 from tinyr1_utils.config import BACKBONE, CurationParameters, GenerationParameters
 from tinyr1_utils.endpoints import endpoint_engine, endpoint_model
 from tinyr1_utils.engines import Engine, vllm_engine
-from tinyr1_utils.generation import CompletionsFile, draw_into, load_tokenizer, requests
+from tinyr1_utils.generation import CompletionsFile, draw_into, requests
 from tinyr1_utils.records import Completion, Problem, Trace
 
 PROMPT_TOKENS = 2048  # room for a prompt beside the longest completion
