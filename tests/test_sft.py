@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tinyr1_utils import branches, sft
-from tinyr1_utils.chat_templates import load_tokenizer
-from tinyr1_utils.config import SftParameters, from_root, load_config, stage_parameters
+from tinyr1_utils import branches, evaluation, sft
+from tinyr1_utils.artifacts import finish_stage, open_stage
+from tinyr1_utils.chat_templates import load_tokenizer, template_facts
+from tinyr1_utils.config import EvaluationParameters, SftParameters, from_root, load_config, stage_parameters
 from tinyr1_utils.curation_scan import student_text
 from tinyr1_utils.micro_problems import generate, teach
 from tinyr1_utils.packing import IGNORED, collate
@@ -345,3 +346,41 @@ def test_the_first_row_carries_loss_on_responses_only(tmp_path, sets):
     responses = tokenizer.decode(row["labels"][row["labels"] != IGNORED])
     assert "<|im_start|>" not in responses
     assert responses.count("<think>") == responses.count(tokenizer.eos_token) == row["n_samples"]
+
+
+@pytest.fixture
+def trained_run(tmp_path):
+    """A run with a curated set, and a branch whose folder holds the backbone's files."""
+    config = load_config("configs/micro.yaml")
+    curated = stage_parameters(config, "curation", "math").model_copy(update={"run_dir": str(tmp_path)})
+    told = parameters(run_dir=str(tmp_path))
+    facts = template_facts(load_tokenizer(BACKBONE))
+
+    def build(curation: dict, branch: dict) -> EvaluationParameters:
+        folder = tmp_path / "curation/math"
+        stage = open_stage(curated)
+        write_set(folder / "selected.jsonl", "math", 4)
+        finish_stage(stage, ["selected.jsonl"], facts | curation)
+        stage = open_stage(told)
+        shutil.copytree(BACKBONE, tmp_path / "sft/math/branch", dirs_exist_ok=True)
+        finish_stage(stage, ["branch"], facts | branch)
+        evaluated = stage_parameters(config, "evaluation", "math").model_dump()
+        return EvaluationParameters(**(evaluated | {"run_dir": str(tmp_path)}))
+
+    return build
+
+
+def test_rows_of_another_template_are_not_trained_on(trained_run, tmp_path):
+    trained_run({"chat_template_sha256": "0" * 64}, {})
+    with pytest.raises(ValueError, match=r"curation/math rendered .* another chat template than sft/math trains with"):
+        sft.sft_sets(open_stage(parameters(run_dir=str(tmp_path))))
+    trained_run({}, {})
+    assert list(sft.sft_sets(open_stage(parameters(run_dir=str(tmp_path))))) == ["math"]
+
+
+def test_a_branch_of_another_template_is_not_asked_unless_the_config_says_so(trained_run):
+    told = trained_run({}, {"end_of_turn": "<|endoftext|>"})
+    with pytest.raises(ValueError, match=r"sft/math was trained with another chat template .*\(end_of_turn differ"):
+        evaluation.model_folder(told)
+    assert evaluation.model_folder(told.model_copy(update={"template_override": "chatml"})).is_dir()
+    assert evaluation.model_folder(trained_run({}, {})).is_dir()
