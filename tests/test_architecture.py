@@ -37,6 +37,7 @@ FLOORS = {
         "branches",
         "chat_templates",
         "memory_plan",
+        "sequence_parallel",
         "sft_data",
         "engines",
         "likelihood",

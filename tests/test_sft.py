@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from tinyr1_utils.curation_scan import student_text
 from tinyr1_utils.micro_problems import generate, teach
 from tinyr1_utils.packing import IGNORED, collate
 from tinyr1_utils.records import write_records
+from tinyr1_utils.sequence_parallel import check_splittable
 from tinyr1_utils.sft_data import Prepared, held_out_frame, prepare, read_rows
 from tinyr1_utils.sft_trainer import kernels, trainer_settings
 
@@ -93,6 +95,11 @@ LAYOUTS = {
         "launcher": "deepspeed", "num_processes": 2, "per_device_batch_size": 1, "zero_stage": 2,
     },
     "zero-3": {"launcher": "torchrun", "num_processes": 2, "per_device_batch_size": 1, "zero_stage": 3},
+    "rows split": {"launcher": "torchrun", "num_processes": 2, "sequence_parallel_size": 2},
+    "rows split, zero-3, accumulated": {
+        "launcher": "deepspeed", "num_processes": 2, "sequence_parallel_size": 2, "zero_stage": 3,
+        "per_device_batch_size": 1, "gradient_accumulation": 2,
+    },
 }  # fmt: skip
 
 
@@ -317,6 +324,11 @@ def test_settings_say_the_papers_table():
         ({"launcher": "torchrun", "num_processes": 2, "num_nodes": 2}, "launcher 'torchrun' is for one node"),
         ({"launcher": "srun", "num_processes": 3, "num_nodes": 2}, "3 processes do not share out evenly over 2 nodes"),
         ({"attention": "flash_attention_2"}, "only with per_device_batch_size 1"),
+        ({"sequence_parallel_size": 2}, "num_processes 1 must be a multiple of sequence_parallel_size 2"),
+        (
+            {"launcher": "torchrun", "num_processes": 2, "sequence_parallel_size": 2, "attention": "eager"},
+            "attention 'eager' can not split a row",
+        ),
         ({"branch_choice": "best", "held_out_rows": 0}, "branch_choice 'best' needs held_out_rows above 0"),
         ({"watched_domains": "maths"}, "unknown domain 'maths'"),
     ],
@@ -324,6 +336,24 @@ def test_settings_say_the_papers_table():
 def test_settings_that_can_not_work_are_refused(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         parameters(**changes)
+
+
+@pytest.mark.parametrize(
+    ("facts", "size", "sentence"),
+    [
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 1},
+            2,
+            "must divide the model's 4 attention and 1 key-value",
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, 2, "needs full attention in every layer"),
+    ],
+)
+def test_models_whose_rows_can_not_be_split_are_refused(facts, size, sentence):
+    known = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    with pytest.raises(ValueError, match=sentence):
+        check_splittable(types.SimpleNamespace(**(known | facts)), size)
+    check_splittable(types.SimpleNamespace(**(known | facts)), 1)
 
 
 def test_kernels_that_are_not_there_are_named_with_their_cost():

@@ -198,6 +198,13 @@ class SftParameters(StageParameters):
             raise ValueError(
                 "launcher 'torchrun' is for one node: use deepspeed with a hostfile, or srun in a Slurm job"
             )
+        if self.num_processes % self.sequence_parallel_size:
+            raise ValueError(
+                f"num_processes {self.num_processes} must be a multiple of sequence_parallel_size "
+                f"{self.sequence_parallel_size}"
+            )
+        if self.sequence_parallel_size > 1 and self.attention == "eager":
+            raise ValueError("attention 'eager' can not split a row over processes: use sdpa or flash_attention_2")
         if self.num_processes % self.num_nodes:
             raise ValueError(f"{self.num_processes} processes do not share out evenly over {self.num_nodes} nodes")
         return self

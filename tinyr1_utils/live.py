@@ -27,11 +27,12 @@ def show_training(every_s: float = 5.0) -> Callable[[str], None]:
         step, held_out = _STEP.search(line), _HELD_OUT.search(line)
         if held_out:
             points.append({"step": int(held_out[1]), "held_out_loss": float(held_out[2])})
-        if not step:
-            return
-        values = (int(step[1]), *map(float, (step[3], step[4], step[5])), float(step[6].replace(",", "")))
-        points.append(dict(zip(("step", "loss", "learning_rate", "grad_norm", "tokens_per_s"), values, strict=True)))
-        if handle is not None and (step[1] == step[2] or time.monotonic() - drawn > every_s):
+        if step:
+            values = (int(step[1]), *map(float, (step[3], step[4], step[5])), float(step[6].replace(",", "")))
+            columns = ("step", "loss", "learning_rate", "grad_norm", "tokens_per_s")
+            points.append(dict(zip(columns, values, strict=True)))
+        due = held_out or (step and (step[1] == step[2] or time.monotonic() - drawn > every_s))
+        if handle is not None and due:
             drawn = time.monotonic()
             handle.update(running_training(pd.DataFrame(points, columns=TRAINING)))
 

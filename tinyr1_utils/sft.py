@@ -5,7 +5,9 @@ python -m tinyr1_utils.sft --config job.json     # what notebook 02 launches: al
 
 import argparse
 import csv
+import importlib
 import json
+import math
 import os
 import shutil
 import traceback
@@ -27,7 +29,9 @@ from tinyr1_utils.branches import (
 )
 from tinyr1_utils.chat_templates import load_tokenizer, template_facts, template_text
 from tinyr1_utils.config import SftParameters, names, validated
+from tinyr1_utils.memory_plan import Plan
 from tinyr1_utils.records import atomic_path
+from tinyr1_utils.sequence_parallel import check_splittable
 from tinyr1_utils.sft_data import Prepared, held_out_frame, mask_frame, prepare, read_rows
 from tinyr1_utils.sft_trainer import LOSS_COLUMNS, held_out_losses, kernels, loss_rows, make_trainer
 
@@ -96,6 +100,19 @@ def loss_frame(stage: Stage) -> pd.DataFrame:
     return pd.read_csv(stage.path("loss.csv")).assign(branch=stage.variant, domains=stage.parameters.domains)
 
 
+def speed_frame(stage: Stage, plan: Plan) -> pd.DataFrame:
+    """What the training took beside its plan: columns what, planned, measured. No facts: they differ between runs."""
+    measured = read_json(stage.path("speed.json"))
+    share = measured["tokens_per_s"] / plan.peak_tokens_per_s if plan.peak_tokens_per_s else math.nan
+    rows = [
+        ("peak memory of a process (GiB)", plan.peak_gib, measured["peak_gib"]),
+        ("tokens/s", math.nan, measured["tokens_per_s"]),
+        ("model FLOPs utilisation", plan.mfu, share),
+        ("seconds", plan.gpu_hours / plan.processes * 3600, measured["seconds"]),
+    ]
+    return pd.DataFrame(rows, columns=["what", "planned", "measured"]).round(3)
+
+
 def write_loss(path: Path, rows: list[dict]) -> None:
     """The loss curve as CSV."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
@@ -112,7 +129,8 @@ def train(job: Mapping[str, Any]) -> None:
     """
     import torch
 
-    parameters = validated(SftParameters, job["parameters"], "job")
+    importlib.import_module("trl.trainer.sft_trainer")  # what its imports hold is no part of what training takes
+    parameters, before_gib = validated(SftParameters, job["parameters"], "job"), _memory_gib("VmRSS")
     folder, backbone, on_cpu = Path(job["folder"]), Path(job["backbone"]), not torch.cuda.is_available()
     first = int(os.environ.get("RANK", 0)) == 0
     if on_cpu:
@@ -131,7 +149,7 @@ def train(job: Mapping[str, Any]) -> None:
             write_json(folder / HELD_OUT_BEFORE, losses)
 
     trainer, held_out, tokens, speed = make_trainer(
-        parameters, backbone, tokenizer, job["files"], folder / "checkpoints", on_before
+        parameters, backbone, tokenizer, job["files"], folder / "checkpoints", on_before, job["peak_tokens_per_s"]
     )
     trainer.accelerator.wait_for_everyone()
     checkpoint = last_complete_checkpoint(folder / "checkpoints")
@@ -141,15 +159,18 @@ def train(job: Mapping[str, Any]) -> None:
     after = held_out_losses(trainer, held_out)
     save_trained(trainer, parameters, folder / TRAINED)
     if first:
-        _write_results(folder, parameters, trainer.state, tokens, after, speed)
+        _write_results(folder, parameters, trainer.state, tokens, after)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if not on_cpu else _memory_gib("VmHWM") - before_gib
+        seconds = speed[-1][1] - speed[0][1] if len(speed) > 1 else 0.0  # the first step warms up
+        rate = tokens * (len(speed) - 1) / seconds if seconds else None
+        write_json(folder / "speed.json", {"tokens_per_s": rate, "peak_gib": peak, "seconds": seconds})
+    if torch.distributed.is_initialized():  # a process that leaves others in the group may end in SIGABRT
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
-def _write_results(
-    folder: Path, parameters: SftParameters, state, tokens: float, after: Mapping[str, float], speed: list
-) -> None:
-    """The loss curve, the facts of the training, and (in a file of its own, since it is no fact) its speed."""
-    import torch
-
+def _write_results(folder: Path, parameters: SftParameters, state, tokens: float, after: Mapping[str, float]) -> None:
+    """The loss curve and the facts of the training."""
     curve = loss_rows([entry for entry in state.log_history if entry["step"] > 0], tokens)
     write_loss(folder / "loss.csv", curve)
     losses = [row["loss"] for row in curve if row["loss"] != ""]
@@ -164,19 +185,15 @@ def _write_results(
         "after": after,
     }
     write_json(folder / "summary.json", summary)
-    seconds = speed[-1][1] - speed[0][1] if len(speed) > 1 else 0.0  # the first step warms up
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _peak_gib()
-    rate = tokens * (len(speed) - 1) / seconds if seconds else None
-    write_json(folder / "speed.json", {"tokens_per_s": rate, "peak_gib": peak, "seconds": seconds})
 
 
-def _peak_gib() -> float:
-    """The largest memory that this process has held (Linux)."""
+def _memory_gib(name: str) -> float:
+    """What this process holds (VmRSS) or has held at most (VmHWM), in GiB (Linux)."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+    return int(status.partition(f"{name}:")[2].split()[0]) / 2**20
 
 
-def write_job(parameters: SftParameters, prepared: Prepared, folder: Path) -> Path:
+def write_job(parameters: SftParameters, prepared: Prepared, folder: Path, peak_tokens_per_s: float) -> Path:
     """Write what `python -m tinyr1_utils.sft --config` reads: resolved parameters, backbone, template, files."""
     job = {
         "parameters": parameters.model_dump(),
@@ -184,16 +201,29 @@ def write_job(parameters: SftParameters, prepared: Prepared, folder: Path) -> Pa
         "backbone": str(resolve_backbone(parameters.backbone)),
         "template": template_text(parameters.chat_template, parameters.backbone),
         "files": {name: str(path) for name, path in prepared.files.items()},
+        "peak_tokens_per_s": peak_tokens_per_s,
     }
     write_json(folder / "job.json", job)
     return folder / "job.json"
 
 
 def run_job(
-    parameters: SftParameters, prepared: Prepared, folder: Path, on_line: Callable[[str], None] = print
+    parameters: SftParameters,
+    prepared: Prepared,
+    folder: Path,
+    on_line: Callable[[str], None] = print,
+    peak_tokens_per_s: float = 0.0,
 ) -> dict[str, Any]:
-    """Train on prepared rows as the parameters' launcher does it, and make the branch; returns the job's summary."""
-    arguments = ["--config", str(write_job(parameters, prepared, folder))]
+    """Train on prepared rows as the parameters' launcher does it, and make the branch; returns the job's summary.
+
+    `peak_tokens_per_s` is the rate at a model FLOPs utilisation of 1, 0 where it is not known.
+    """
+    from transformers import AutoConfig
+
+    check_splittable(
+        AutoConfig.from_pretrained(resolve_backbone(parameters.backbone)), parameters.sequence_parallel_size
+    )
+    arguments = ["--config", str(write_job(parameters, prepared, folder, peak_tokens_per_s))]
     environment = {"OMP_NUM_THREADS": str(parameters.threads), "TQDM_DISABLE": "1"}
     launch.run(launch.command(parameters, "tinyr1_utils.sft", arguments), on_line, environment)
     tokenizer, backbone = student_tokenizer(parameters), resolve_backbone(parameters.backbone)
@@ -201,14 +231,17 @@ def run_job(
     return read_json(folder / "summary.json")
 
 
-def train_branch(stage: Stage, prepared: Prepared, on_line: Callable[[str], None] = print) -> dict[str, Any]:
+def train_branch(
+    stage: Stage, prepared: Prepared, plan: Plan, on_line: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Run the training job of a stage; returns the metrics for its manifest."""
     parameters = stage.parameters
-    summary = run_job(parameters, prepared, stage.folder, on_line)
+    summary = run_job(parameters, prepared, stage.folder, on_line, plan.peak_tokens_per_s)
     before, after, own = read_json(stage.path(HELD_OUT_BEFORE)), summary.pop("after"), names(parameters.domains)
     held_out = [
         {"domain": domain, "trained": domain in own, "before": before[domain], "after": after[domain]}
-        for domain in before
+        for domain in parameters.held_out_domains
+        if domain in before
     ]
     changed, total = changed_elements(stage.path("branch"), resolve_backbone(parameters.backbone))
     metrics = (

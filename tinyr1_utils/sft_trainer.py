@@ -12,6 +12,7 @@ from typing import Any
 from tinyr1_utils.branches import mark_complete
 from tinyr1_utils.config import SftParameters, names
 from tinyr1_utils.packing import collate
+from tinyr1_utils.sequence_parallel import split_attention, trainer_class
 from tinyr1_utils.sft_data import read_rows
 
 LOSS_COLUMNS = ("step", "tokens", "loss", "held_out_loss", "learning_rate", "grad_norm")
@@ -115,7 +116,9 @@ def lora_config(parameters: SftParameters):
     )
 
 
-def watch_callback(tokens_per_step: float, speed: list[tuple[int, float]], at_first: Callable[[], None]):
+def watch_callback(
+    tokens_per_step: float, speed: list[tuple[int, float]], at_first: Callable[[], None], peak_tokens_per_s: float
+):
     """A trainer callback: checkpoints marked when whole, a line of progress every few seconds, no training past a NaN.
 
     Appends (step, seconds since the first step began) to `speed`. `at_first` is called before the first step of a run
@@ -154,10 +157,12 @@ def watch_callback(tokens_per_step: float, speed: list[tuple[int, float]], at_fi
             if "loss" not in logs or (now - self.printed < 5 and not last):
                 return
             self.printed, rate = now, (state.global_step - self.first) / max(now - self.started, 1e-9)
+            left_s = (state.max_steps - state.global_step) / rate
+            mfu = f"  MFU {rate * tokens_per_step / peak_tokens_per_s:.0%}" if peak_tokens_per_s else ""
             print(
                 f"step {state.global_step} of {state.max_steps}  loss {float(logs['loss']):.4f}  "
                 f"learning rate {float(logs['learning_rate']):.3g}  grad norm {float(logs['grad_norm']):.3g}  "
-                f"{rate * tokens_per_step:,.0f} tokens/s  {(state.max_steps - state.global_step) / rate:,.0f} s left",
+                f"{rate * tokens_per_step:,.0f} tokens/s{mfu}  {left_s:,.0f} s left",
                 flush=True,
             )
 
@@ -202,16 +207,18 @@ def make_trainer(
     files: Mapping[str, str],
     folder: Path,
     on_before: Callable[[dict[str, float]], None],
+    peak_tokens_per_s: float = 0.0,
 ):
     """TRL's trainer on prepared rows, the held-out rows by domain, tokens per step, and the list of step times.
 
-    `on_before` gets the held-out losses by domain before the first step.
+    `on_before` gets the held-out losses by domain before the first step; `peak_tokens_per_s` is the rate at a model
+    FLOPs utilisation (MFU) of 1, 0 where it is not known.
     """
     import pyarrow.compute as pc
     import torch
     from datasets import concatenate_datasets
     from transformers.trainer_callback import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     on_cpu = not torch.cuda.is_available()
     rows = read_rows(Path(files["training"]))
@@ -219,14 +226,20 @@ def make_trainer(
     own = [held_out[domain] for domain in names(parameters.domains) if domain in held_out]
     tokens = pc.sum(pc.list_value_length(rows.data.column("ids"))).as_py() / len(rows) * parameters.global_batch_rows
     speed: list[tuple[int, float]] = []
-    trainer = SFTTrainer(
-        model=load_backbone(parameters, backbone),
+    size, model = parameters.sequence_parallel_size, load_backbone(parameters, backbone)
+    arguments = SFTConfig(**trainer_settings(parameters, folder, on_cpu, bool(own)))  # picks this process's device
+    if size > 1:
+        split_attention(model, size, parameters.per_device_batch_size, "gloo" if on_cpu else "nccl")
+    trainer = trainer_class(size)(
+        model=model,
         processing_class=tokenizer,
-        args=SFTConfig(**trainer_settings(parameters, folder, on_cpu, bool(own))),
+        args=arguments,
         train_dataset=rows,
         eval_dataset=concatenate_datasets(own) if own else None,
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
-        callbacks=[watch_callback(tokens, speed, lambda: on_before(held_out_losses(trainer, held_out)))],
+        callbacks=[
+            watch_callback(tokens, speed, lambda: on_before(held_out_losses(trainer, held_out)), peak_tokens_per_s)
+        ],
         peft_config=lora_config(parameters),
     )
     trainer.remove_callback(PrinterCallback)  # our callback says it in one line

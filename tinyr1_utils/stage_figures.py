@@ -66,6 +66,7 @@ def packed_row(frame: pd.DataFrame) -> Figure:
     samples, learnt = frame["sample"].nunique(), frame["carries_loss"].mean()
     axes.set(title=f"{len(frame):,} tokens of {samples} samples, {learnt:.0%} carry loss", yticks=[])
     axes.set_xlabel(f"token (each line {width:,} tokens)")
+    axes.grid(False)
     return figure
 
 
