@@ -9,7 +9,8 @@ COMPILE := $(VENV)/bin/uv pip compile -q --python-version 3.11 --no-annotate --n
 	--custom-compile-command "make lock" --overrides requirements/overrides.txt $(LOCK_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap run test lab lint format figures publish lm-eval benchmark-curation benchmark-grading benchmark-merge lock clean clean-runs
+.PHONY: help bootstrap run plan test lab lint format figures publish lm-eval benchmark-curation benchmark-grading \
+	benchmark-merge benchmark-sft lock clean clean-runs
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +21,9 @@ bootstrap:
 run: bootstrap ## all notebooks of CONFIG (configs/micro.yaml) headless; DATA_ROOT= where the data lies, CORES= how many
 	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner all --config $(CONFIG) \
 		$(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(CORES),--cores $(CORES))
+
+plan: bootstrap ## memory per GPU, steps and hours of every branch of CONFIG, before anything loads; PLAN_ARGS="--gpu-gib 40"
+	@$(VENV_PYTHON) -m tinyr1_utils.memory_plan --config $(CONFIG) $(PLAN_ARGS)
 
 test: bootstrap lm-eval ## the tests; PYTEST_ARGS="-m 'not slow'" for the quick ones
 	$(VENV_PYTHON) -m pytest -q tests $(PYTEST_ARGS)
@@ -54,6 +58,10 @@ benchmark-curation: bootstrap ## decontamination and near duplicates beside comm
 
 benchmark-merge: bootstrap ## merging beside mergekit: time, memory, repeats; SIZES="0.5B"
 	$(VENV_PYTHON) benchmarks/merge.py $(if $(SIZES),--sizes $(SIZES))
+
+benchmark-sft: bootstrap ## branch SFT by way of feeding it: tokens/s, utilisation, memory; planned against measured memory; on a GPU SFT_ARGS=--gpu
+	$(VENV_PYTHON) benchmarks/sft.py $(SFT_ARGS)
+	$(VENV_PYTHON) benchmarks/memory_plan.py
 
 # On a machine without a local wheel of CPU torch, uv looks its version up in PyTorch's CPU index.
 lock: bootstrap ## resolve requirements/*.in again, keeping versions that still fit; LOCK_ARGS=--upgrade moves them

@@ -303,6 +303,16 @@ def test_checkpoints_that_are_not_whole_are_removed_and_named(tmp_path):
     assert not cut.exists() and not half.exists()
 
 
+def test_a_checkpoint_that_zero_shared_out_otherwise_is_refused(tmp_path):
+    states = tmp_path / "checkpoint-4/global_step4"
+    states.mkdir(parents=True)
+    for rank in range(2):
+        (states / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    branches.check_processes(tmp_path / "checkpoint-4", 2)
+    with pytest.raises(ValueError, match=r"checkpoint-4 was written by 2 processes under ZeRO.* set num_processes to 2"):
+        branches.check_processes(tmp_path / "checkpoint-4", 4)
+
+
 def test_settings_say_the_papers_table():
     told = stage_parameters(load_config("configs/tinyr1-32b.yaml"), "sft", "science")
     settings = trainer_settings(told, Path("x"), on_cpu=False, held_out=True)

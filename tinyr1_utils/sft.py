@@ -164,9 +164,6 @@ def train(job: Mapping[str, Any]) -> None:
         seconds = speed[-1][1] - speed[0][1] if len(speed) > 1 else 0.0  # the first step warms up
         rate = tokens * (len(speed) - 1) / seconds if seconds else None
         write_json(folder / "speed.json", {"tokens_per_s": rate, "peak_gib": peak, "seconds": seconds})
-    if torch.distributed.is_initialized():  # a process that leaves others in the group may end in SIGABRT
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def _write_results(folder: Path, parameters: SftParameters, state, tokens: float, after: Mapping[str, float]) -> None:
@@ -193,7 +190,7 @@ def _memory_gib(name: str) -> float:
     return int(status.partition(f"{name}:")[2].split()[0]) / 2**20
 
 
-def write_job(parameters: SftParameters, prepared: Prepared, folder: Path, peak_tokens_per_s: float) -> Path:
+def write_job(parameters: SftParameters, prepared: Prepared, folder: Path, peak_tokens_per_s: float = 0.0) -> Path:
     """Write what `python -m tinyr1_utils.sft --config` reads: resolved parameters, backbone, template, files."""
     job = {
         "parameters": parameters.model_dump(),
@@ -269,6 +266,15 @@ def clean_up(stage: Stage) -> None:
     stage.path("job.json").unlink(missing_ok=True)
 
 
+def leave_together() -> None:
+    """End the group of processes, if there is one: gloo aborts now and then in a process that leaves others in it."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def main() -> None:
     """The job that a launcher starts. An error's sentence comes last, behind ERROR, for `launch.run` to repeat."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -276,6 +282,7 @@ def main() -> None:
     launch.die_with_parent()  # a worker of torchrun or deepspeed ends with its launcher
     try:
         train(json.loads(parser.parse_args().config.read_text()))
+        leave_together()
     except Exception as error:
         traceback.print_exc()
         if any(sign in str(error) for sign in LOST_PEER):

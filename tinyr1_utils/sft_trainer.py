@@ -226,8 +226,9 @@ def make_trainer(
     own = [held_out[domain] for domain in names(parameters.domains) if domain in held_out]
     tokens = pc.sum(pc.list_value_length(rows.data.column("ids"))).as_py() / len(rows) * parameters.global_batch_rows
     speed: list[tuple[int, float]] = []
+    # The arguments first: they pick this process's device, and let ZeRO-3 share the weights out while they are read.
+    arguments = SFTConfig(**trainer_settings(parameters, folder, on_cpu, bool(own)))
     size, model = parameters.sequence_parallel_size, load_backbone(parameters, backbone)
-    arguments = SFTConfig(**trainer_settings(parameters, folder, on_cpu, bool(own)))  # picks this process's device
     if size > 1:
         split_attention(model, size, parameters.per_device_batch_size, "gloo" if on_cpu else "nccl")
     trainer = trainer_class(size)(
