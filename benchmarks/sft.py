@@ -27,16 +27,16 @@ arXiv:2204.02311, appendix B: not halved for the causal mask), where a token att
 way; what gradient checkpointing computes again does not count. `mfu` holds them against `peak_tflops`: the device's
 dense bfloat16 peak, or on CPU the best matrix product of the same dtype and thread count in this run. `peak_gib` is the
 process's highest resident memory while training, on CUDA what torch allocated. Speeds are medians of the rounds with
-their smallest and largest. Writes sft.csv and .png, and packing.csv (not with --gpu).
+their smallest and largest; `cpu_seconds` of one thread well below `seconds` say that the machine was not quiet. Writes
+sft.csv and .png, and packing.csv (not with --gpu).
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -56,7 +56,14 @@ from tinyr1_utils.packing import IGNORED, Sample, best_fit_decreasing, pack, uti
 from tinyr1_utils.sft_data import write_rows
 
 RESULTS, PACKING = "sft.csv", "packing.csv"
-WAYS = {"padded": "backbone", "trl_packing": "science", "none": "linear", "plain": "code", "neat": "arcee_fusion"}
+# way -> its label in the figure and the name in `looks` whose colour it borrows
+WAYS = {
+    "padded": ("TRL, padded", "backbone"),
+    "trl_packing": ("TRL, packed", "science"),
+    "none": ("ours, none", "linear"),
+    "plain": ("ours, plain", "code"),
+    "neat": ("ours, neat", "arcee_fusion"),
+}
 MICRO, SMOLLM2 = "models/micro-backbone", "smollm2-135m-instruct"
 WORDS = range(10, 1000)  # the random ids; no pad token among them
 # median, sigma and limit of a log-normal in tokens; of how many tokens one is prompt
@@ -73,8 +80,8 @@ SHAPES = {
 # their MFU is that of 989 TFLOP/s by the formula that counts here, with attention in whole rows.
 ANCHORS = [("0.76B", 0.76e9, 55_500, 0.36), ("1.3B", 1.3e9, 38_500, 0.40)]
 COLUMNS = """model parameters lengths row_tokens way rows_per_step rows_per_pass utilisation row_fill samples_per_row
-    real_tokens_per_s slowest fastest tflops mfu peak_tflops peak peak_gib seconds steps samples warm_up rounds
-    attention precision gradient_checkpointing threads machine note""".split()
+    real_tokens_per_s slowest fastest tflops mfu peak_tflops peak peak_gib seconds cpu_seconds steps samples
+    warm_up rounds attention precision gradient_checkpointing threads machine note""".split()
 COUNTS = "parameters row_tokens rows_per_step rows_per_pass steps samples warm_up rounds threads".split()
 GOALS = "utilisation >= 99 %, grouping 100,000 <= 3 s"
 
@@ -101,8 +108,8 @@ class Case:
 
 
 CPU_CASES = [
-    Case(MICRO, "r1-like", 1024, rows_per_step=4, n_samples=124, warm_up=2, rounds=3, scale=16),
-    Case(SMOLLM2, "gsm8k-like", 1024, rows_per_step=1, n_samples=20),
+    Case(MICRO, "r1-like", 1024, rows_per_step=4, n_samples=59, rounds=3, scale=16),
+    Case(SMOLLM2, "gsm8k-like", 1024, rows_per_step=1, n_samples=13),
 ]
 ON_GPU = {"warm_up": 3, "rounds": 3, "gradient_checkpointing": True, "attention": "flash_attention_2"}
 GPU_CASES = [
@@ -203,12 +210,13 @@ def our_trainer(parameters: SftParameters, backbone: Path, tokenizer, samples: l
 def watch(trainer, warm_up: int, pad_id: int) -> dict[str, list]:
     """Have the trainer pass once through all rows in a seeded order, behind `warm_up` steps on the first of them.
 
-    Returns lists that training fills: each step's end in seconds, each pass's real tokens and its computed ones.
+    Returns lists that training fills: each step's end in seconds and in the process's own CPU seconds, each pass's real
+    tokens and its computed ones.
     """
     import torch
     from transformers import TrainerCallback
 
-    seen = {"ends": [], "real": [], "computed": []}
+    seen = {"ends": [], "cpu": [], "real": [], "computed": []}
     per_pass = trainer.args.per_device_train_batch_size
     per_step, n = per_pass * trainer.args.gradient_accumulation_steps, len(trainer.train_dataset)
     order = np.random.default_rng(2).permutation(n).tolist()
@@ -227,6 +235,7 @@ def watch(trainer, warm_up: int, pad_id: int) -> dict[str, list]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seen["ends"].append(time.monotonic())
+            seen["cpu"].append(time.process_time())
 
     trainer.training_step = counted
     trainer.add_callback(Clock())
@@ -267,8 +276,10 @@ def train(case: Case, backbone: str, way: str, threads: int, folder: Path) -> di
     if real != sum(lengths):
         raise RuntimeError(f"{way}: {real} real tokens were trained on, of {sum(lengths)}")
     n_rows = len(trainer.train_dataset)
+    seconds, cpu_seconds = (seen[name][-1] - seen[name][case.warm_up - 1] for name in ("ends", "cpu"))
     return {
-        "seconds": seen["ends"][-1] - seen["ends"][case.warm_up - 1],
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "steps": len(seen["ends"]) - case.warm_up,
         "real_tokens": real,
         "utilisation": real / computed,
@@ -361,34 +372,54 @@ def time_packer(name: str, n: int, folder: Path, repeats: int = 3) -> dict:
 # --- the parent ------------------------------------------------------------------------------------------------------
 
 
-def in_a_process(job: dict, root: Path, threads: int) -> dict:
-    """The outcome of a job in a process and a folder of its own, or an `error`."""
-    with tempfile.TemporaryDirectory(dir=root) as folder:
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads), "TMPDIR": folder, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
+class Processes:
+    """Runs a job at a time in a process of its own.
+
+    On CPU these are forked from one that has imported the libraries and done nothing else, which saves most of their
+    start; on a GPU they start from nothing, since an import there may touch the device, which no fork survives.
+    """
+
+    def __init__(self, root: Path, threads: int, on_gpu: bool):
+        os.environ |= {
+            "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
-        command = [sys.executable, __file__, "--job", json.dumps(job | {"folder": folder})]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        outcome = Path(folder) / "outcome.json"
-        if not done.returncode:
-            return json.loads(outcome.read_text())
-    print(f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}", flush=True)
-    last = (done.stderr.strip().splitlines() or [""])[-1][:200]
-    killed = "killed, perhaps for want of memory" if done.returncode == -9 else last
-    return {"error": "out of memory" if "out of memory" in done.stderr.lower() else killed}
+        self.root, self.threads = root, threads
+        self.context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
+        if not on_gpu:
+            self.context.set_forkserver_preload(["__main__", "datasets", "trl.trainer.sft_trainer"])
+
+    def run(self, **job) -> dict:
+        """The job's outcome, or an `error`."""
+        with tempfile.TemporaryDirectory(dir=self.root) as name:
+            folder = Path(name)
+            child = self.context.Process(target=run_job, args=(job | {"threads": self.threads}, folder))
+            child.start()
+            child.join()
+            if (folder / "outcome.json").is_file():
+                return json.loads((folder / "outcome.json").read_text())
+            said = (folder / "said").read_text(errors="replace").strip() if (folder / "said").is_file() else ""
+        print(said[-4000:], flush=True)
+        if "out of memory" in said.lower():
+            return {"error": "out of memory"}
+        return {"error": "killed, for want of memory?" if child.exitcode == -9 else f"...{said[-200:]}"}
 
 
-def run_job(job: dict) -> None:
-    """The child's side of `in_a_process`."""
-    folder, kind = Path(job["folder"]), job["kind"]
-    if kind == "train":
-        outcome = train(Case(**job["case"]), job["backbone"], job["way"], job["threads"], folder)
-    elif kind == "product":
+def run_job(job: dict, folder: Path) -> None:
+    """The child's side of `Processes.run`."""
+    with open(folder / "said", "w") as said:
+        for stream in (1, 2):
+            os.dup2(said.fileno(), stream)
+    tempfile.tempdir = str(folder)  # where datasets keeps what it packs
+    if job["kind"] == "train":
+        outcome = train(job["case"], job["backbone"], job["way"], job["threads"], folder)
+    elif job["kind"] == "product":
         outcome = {"tflops": product_tflops(job["precision"], job["threads"])}
     else:
         outcome = time_packer(job["name"], job["n"], folder)
-    (folder / "outcome.json").write_text(json.dumps(outcome))
+    partial = folder / "outcome.partial"
+    partial.write_text(json.dumps(outcome))
+    partial.replace(folder / "outcome.json")
 
 
 def table_row(case: Case, backbone: str, way: str, outcomes: list[dict], product: float, threads: int) -> dict:
@@ -410,26 +441,25 @@ def table_row(case: Case, backbone: str, way: str, outcomes: list[dict], product
     tflops = rate * flops_per_token(shape, lengths) / 1e12
     row |= {"real_tokens_per_s": rate, "slowest": min(rates), "fastest": max(rates)}
     row |= {"tflops": tflops, "mfu": tflops / peak, "peak_tflops": peak, "peak": said}
-    row |= {"seconds": statistics.median(outcome["seconds"] for outcome in outcomes)}
+    row |= {name: statistics.median(one[name] for one in outcomes) for name in ("seconds", "cpu_seconds")}
     return row | {"peak_gib": max(outcome["peak_gib"] for outcome in outcomes)}
 
 
-def compare(case: Case, root: Path, threads: int) -> list[dict]:
+def compare(case: Case, processes: Processes) -> list[dict]:
     """Every way of one case, in turn; a row each."""
     name = f"{Path(case.model).name}, {case.lengths_label}"
-    backbone = root / case.model
+    backbone = processes.root / case.model
     if case.model in SHAPES and not backbone.is_dir():
         print(f"{case.model}: making random weights", flush=True)
         make_model(case.model, backbone)
     backbone = str(backbone if case.model in SHAPES else resolve_backbone(case.model))
     outcomes, product = {way: [] for way in WAYS}, 0.0
     for number in range(case.rounds):
-        job = {"kind": "product", "precision": case.precision, "threads": threads}
-        product = max(product, in_a_process(job, root, threads).get("tflops", 0.0))
+        outcome = processes.run(kind="product", precision=case.precision)
+        product = max(product, outcome.get("tflops", 0.0))
         for way in list(WAYS)[:: -1 if number % 2 else 1]:
-            job = {"kind": "train", "case": asdict(case), "backbone": backbone, "way": way, "threads": threads}
             started = time.monotonic()
-            outcome = in_a_process(job, root, threads)
+            outcome = processes.run(kind="train", case=case, backbone=backbone, way=way)
             outcomes[way].append(outcome)
             line = outcome.get("error") or (
                 f"{outcome['real_tokens'] / outcome['seconds']:,.0f} real tokens/s, "
@@ -437,14 +467,14 @@ def compare(case: Case, root: Path, threads: int) -> list[dict]:
             )
             took = time.monotonic() - started
             print(f"{name}, round {number + 1} of {case.rounds}, {way}: {line} ({took:.0f} s in all)", flush=True)
-    return [table_row(case, backbone, way, outcomes[way], product, threads) for way in WAYS]
+    return [table_row(case, backbone, way, outcomes[way], product, processes.threads) for way in WAYS]
 
 
-def compare_packing(root: Path, share: float) -> pd.DataFrame:
+def compare_packing(processes: Processes, share: float) -> pd.DataFrame:
     """The packing table; `share` of the samples."""
     rows = []
     for name, (n, _, note) in PACKERS.items():
-        outcome = in_a_process({"kind": "pack", "name": name, "n": int(share * n)}, root, 1)
+        outcome = processes.run(kind="pack", name=name, n=int(share * n))
         row = {"what": name, "samples": int(share * n), "row_tokens": 16_384}
         if seconds := sorted(outcome.pop("seconds", [])):
             middle = statistics.median(seconds)
@@ -474,14 +504,14 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     cases = list(shown.groupby(["machine", "model", "lengths"], sort=False))
     if not cases:
         return
-    across = min(len(cases), 3)
+    across, labels = min(len(cases), 3), [label for label, _ in WAYS.values()]
     down = -(-len(cases) // across)
     figure, grid = plt.subplots(2 * down, across, figsize=(plotting.TEXT_WIDTH_IN, 2.6 * down), squeeze=False)
     for number, ((_, model, lengths), part) in enumerate(cases):
         upper, lower = grid[2 * (number // across) :, number % across][:2]
         part = part.set_index("way").reindex(list(WAYS))
         places = np.arange(len(WAYS))
-        colours = [looks.LOOKS[name].colour for name in WAYS.values()]
+        colours = [looks.LOOKS[name].colour for _, name in WAYS.values()]
         upper.barh(places, part["real_tokens_per_s"], color=colours, height=0.7)
         upper.hlines(places, part["slowest"], part["fastest"], color="black", linewidth=1.0)
         lower.barh(places, 100 * part["utilisation"], color=colours, height=0.7)
@@ -489,7 +519,7 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         upper.set_xlabel("real tokens per second")
         lower.set(xlabel="utilisation (%)", xlim=(0, 100))
         for axes in (upper, lower):
-            axes.set_yticks(places, list(WAYS) if not number % across else [])
+            axes.set_yticks(places, labels if not number % across else [""] * len(labels))
             axes.invert_yaxis()
             axes.grid(axis="y", visible=False)
     for empty in grid.T.reshape(across, down, 2).transpose(1, 0, 2).reshape(-1, 2)[len(cases) :].ravel():
@@ -517,11 +547,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", type=Path, help="where models and rows are made and deleted (6 GB; 10 GB on GPU)")
     parser.add_argument("--out", type=Path, help="folder of the results (benchmarks; --smoke writes none without it)")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.job:
-        run_job(json.loads(arguments.job))
-        return
     if arguments.gpu:
         import torch
 
@@ -535,19 +561,20 @@ def main() -> None:
     target = arguments.out or (None if arguments.smoke else Path(__file__).parent)
     started, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="sft-", dir=arguments.folder) as folder:
+        processes = Processes(Path(folder), arguments.threads, arguments.gpu)
         for case in cases:
             if Path(case.model).name in chosen:
                 case = Case(**asdict(case) | ({"rounds": arguments.rounds} if arguments.rounds else {}))
-                rows += compare(case, Path(folder), arguments.threads)
+                rows += compare(case, processes)
         if "packing" in chosen:
-            packed = compare_packing(Path(folder), 0.01 if arguments.smoke else 1.0)
+            packed = compare_packing(processes, 0.01 if arguments.smoke else 1.0)
             if target:
                 packed.to_csv(target / PACKING, index=False)
     if rows:
         rows += anchors() if arguments.gpu or arguments.smoke else []
         frame = pd.DataFrame(rows).reindex(columns=COLUMNS)
         digits = {"utilisation": 4, "row_fill": 4, "samples_per_row": 3, "real_tokens_per_s": 1, "slowest": 1}
-        digits |= {"fastest": 1, "tflops": 4, "mfu": 4, "peak_tflops": 4, "peak_gib": 3, "seconds": 2}
+        digits |= {"fastest": 1, "tflops": 4, "mfu": 4, "peak_tflops": 4, "peak_gib": 3, "seconds": 2, "cpu_seconds": 2}
         frame = frame.round(digits).astype(dict.fromkeys(COUNTS, "Int64"))
         if target:
             whole = with_old(frame, target / RESULTS)

@@ -180,7 +180,7 @@ def test_the_papers_run_fits(qwen, variant):
 
 
 def test_a_32b_without_zero_is_refused_with_the_remedy(qwen):
-    with pytest.raises(ValueError, match=r"sft/math needs 695 GiB .* has 80 per GPU: set zero_stage 3 \(61 GiB\)$"):
+    with pytest.raises(ValueError, match=r"sft/math needs 695 GiB .* has 80 per GPU: set zero_stage 3 \(39.7 GiB\)$"):
         plan(branch(zero_stage=0), qwen)
     assert plan(branch(zero_stage=3), qwen).peak_gib < 80
 
@@ -202,7 +202,7 @@ def test_a_32b_without_zero_is_refused_with_the_remedy(qwen):
             "num_processes 16 and zero_stage 3 and launcher",
         ),
         ({"attention": "eager", "per_device_batch_size": 4, "num_processes": 8}, 70, "no one change is enough; set "),
-        ({}, 10, "is enough; take a smaller backbone"),
+        ({}, 4, "is enough; take a smaller backbone"),
     ],
 )
 def test_refusals_name_what_helps(qwen, changes, gpu_gib, remedy):
@@ -282,7 +282,7 @@ def test_the_command_line_prints_a_table_for_each_branch(monkeypatch, capsys):
 
 
 def test_the_command_line_refuses(monkeypatch, capsys):
-    assert run(monkeypatch, "--config", "configs/tinyr1-32b.yaml", "--gpu-gib", "40") == 1
+    assert run(monkeypatch, "--config", "configs/tinyr1-32b.yaml", "--gpu-gib", "20") == 1
     assert "sft/math needs" in capsys.readouterr().out
     assert "no config file" in run(monkeypatch, "--config", "configs/none.yaml")
 

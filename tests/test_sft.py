@@ -309,7 +309,7 @@ def test_a_checkpoint_that_zero_shared_out_otherwise_is_refused(tmp_path):
     for rank in range(2):
         (states / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     branches.check_processes(tmp_path / "checkpoint-4", 2)
-    with pytest.raises(ValueError, match=r"checkpoint-4 was written by 2 processes under ZeRO.* set num_processes to 2"):
+    with pytest.raises(ValueError, match=r"checkpoint-4 was written by 2 processes .* set num_processes to 2"):
         branches.check_processes(tmp_path / "checkpoint-4", 4)
 
 

@@ -114,6 +114,7 @@ def model_shape(backbone: str) -> Shape:
 def remedies(parameters: SftParameters, shape: Shape, device: str, gpu_gib: float) -> str:
     """Each change of one parameter that makes it fit, with the peak that it gives; else changes that do so together."""
     cuda, processes, tokens = device == "cuda", parameters.num_processes, parameters.max_seq_tokens
+    shared_heads = shape.heads * shape.keys // shape.queries  # heads of keys and values
     more = {"zero_stage": 3} | ({"launcher": "torchrun"} if parameters.launcher == "single" else {})
     knobs: list[list[dict[str, object]]] = [
         [{"zero_stage": stage} for stage in (2, 3) if stage > parameters.zero_stage and processes > 1],
@@ -121,7 +122,7 @@ def remedies(parameters: SftParameters, shape: Shape, device: str, gpu_gib: floa
         [{"per_device_batch_size": 1}],
         [{"use_liger_kernel": True}] if cuda else [],
         [{"attention": "flash_attention_2", "per_device_batch_size": 1}] if cuda else [],
-        [{"sequence_parallel_size": n} for n in (2, 4, 8) if not shape.heads % n and not processes % n],
+        [{"sequence_parallel_size": n} for n in (2, 4, 8) if not shared_heads % n and not processes % n],
         [{"num_processes": processes * 2**n} | more for n in range(1, 8)],
         [{"max_seq_tokens": tokens // 2**n} for n in range(1, 5)],
         [{"method": "lora"}],
@@ -154,6 +155,7 @@ def plan(
     samples: int = 0,
     mean_sample_tokens: float = MEAN_SAMPLE_TOKENS,
     rows: int = 0,
+    row_tokens: float = 0.0,
     device: str = "cuda",
     gpu_gib: float = 80.0,
     mfu: float = 0.4,
@@ -161,14 +163,15 @@ def plan(
 ) -> Plan:
     """The plan of one branch; ValueError with the remedies where it needs more than `gpu_gib` per GPU or process.
 
-    `rows`: packed rows; 0 = as many as `samples` of `mean_sample_tokens` fill. `peak_tflops`: 989 for H100 and H800 in
-    bfloat16 (dense), 0 = no hours. Model FLOPs per token are 6 N + 12 layers x query width x attended tokens (PaLM,
-    arXiv:2204.02311, appendix B; the causal mask halves nothing there, nor here), where a token attends to its row in
-    plain packing, else to its sample. With gradient checkpointing the hardware does 8 N + 16 ...; `mfu` and the hours
-    go by model FLOPs. Frozen weights of a LoRA have no gradient: 4 N.
+    `rows`: packed rows of `row_tokens` real tokens; 0 = as many as `samples` of `mean_sample_tokens` fill.
+    `peak_tflops`: 989 for H100 and H800 in bfloat16 (dense), 0 = no hours. Model FLOPs per token are 6 N + 12 layers x
+    query width x attended tokens (PaLM, arXiv:2204.02311, appendix B; the causal mask halves nothing there, nor here),
+    where a token attends to its row in plain packing, else to its sample. With gradient checkpointing the hardware does
+    8 N + 16 ...; `mfu` and the hours go by model FLOPs. Frozen weights of a LoRA have no gradient: 4 N.
     """
     held, limit = moments(parameters, shape, device), parameters.max_seq_tokens
-    row_tokens = min(mean_sample_tokens, limit) if parameters.packing == "none" else PACKED_SHARE * limit
+    filled = min(mean_sample_tokens, limit) if parameters.packing == "none" else PACKED_SHARE * limit
+    row_tokens = row_tokens or filled
     assumed = "" if rows else f"{mean_sample_tokens:,.0f} tokens a sample, rows {PACKED_SHARE:.0%} full"
     rows = rows or math.ceil(samples * mean_sample_tokens / row_tokens)
     per_epoch = math.ceil(rows / parameters.global_batch_rows) if rows else math.nan
@@ -215,7 +218,8 @@ def here(parameters: SftParameters, facts: Mapping[str, float]) -> Plan:
     """
     import torch
 
-    known = {"rows": facts["rows"], "mean_sample_tokens": facts["tokens_per_epoch"] / facts["samples"]}
+    per_row, per_sample = (facts["tokens_per_epoch"] / facts[unit] for unit in ("rows", "samples"))
+    known = {"rows": facts["rows"], "row_tokens": per_row, "mean_sample_tokens": per_sample}
     shape = model_shape(parameters.backbone)
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)

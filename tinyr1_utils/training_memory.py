@@ -132,7 +132,7 @@ def state_bytes(parameters: SftParameters, shape: Shape) -> dict[str, float]:
 
 
 def moments(parameters: SftParameters, shape: Shape, device: str) -> dict[str, dict[str, float]]:
-    """Bytes by part when the model is placed and at four moments of a step, on `cuda` or `cpu`.
+    """Bytes by part at four moments of a step, on `cuda` or `cpu`.
 
     A backward pass fills gradients as it frees activations, so the two are not whole at once, unless gradients stay
     from the pass before (gradient_accumulation) or lie in a buffer (ZeRO-3).
@@ -154,10 +154,7 @@ def moments(parameters: SftParameters, shape: Shape, device: str) -> dict[str, d
         "first layer backward": (gradients, saved / shape.layers + layer, 0, casts / shape.layers),
         "optimizer step": (gradients + step, 0, 0, 0),
     }
-    # The backbone is loaded before transformers is told of ZeRO-3, so each process first has all of it on its device.
-    start = dict.fromkeys(states, 0) | {"weights": weight_bytes(parameters) * shape.parameters}
-    rest = {moment: states | dict(zip(PARTS, parts, strict=True)) for moment, parts in found.items()}
-    return {"start": start | dict.fromkeys(PARTS, 0)} | rest
+    return {moment: states | dict(zip(PARTS, parts, strict=True)) for moment, parts in found.items()}
 
 
 def peak_gib(held: dict[str, dict[str, float]]) -> float:
