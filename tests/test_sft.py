@@ -371,7 +371,7 @@ def test_kernels_that_are_not_there_are_named_with_their_cost():
     told = parameters(attention="flash_attention_2", per_device_batch_size=1, use_liger_kernel=True)
     taken = kernels(told, on_cpu=True, on_line=lines.append)
     assert (taken.attention, taken.use_liger_kernel) == ("sdpa", False)
-    assert "sdpa, whose mask of isolated samples takes 0 MiB" in lines[0] and "Liger" in lines[1]
+    assert "sdpa, whose mask takes 0.5 MiB in every layer" in lines[0] and "Liger" in lines[1]
 
 
 def test_the_entry_says_what_it_takes():

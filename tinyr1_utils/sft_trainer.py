@@ -87,9 +87,10 @@ def kernels(parameters: SftParameters, on_cpu: bool, on_line: Callable[[str], No
 
     taken = {}
     if parameters.attention == "flash_attention_2" and (on_cpu or not is_flash_attn_2_available()):
-        mask = parameters.per_device_batch_size * parameters.max_seq_tokens**2 / 2**20
+        mask = 2 * parameters.per_device_batch_size * parameters.max_seq_tokens**2 / 2**20
+        layers = "" if parameters.gradient_checkpointing else " in every layer"
         taken["attention"] = "sdpa"
-        on_line(f"flash_attention_2 is not to be had here: sdpa, whose mask of isolated samples takes {mask:,.0f} MiB")
+        on_line(f"flash_attention_2 is not to be had here: sdpa, whose mask takes {mask:,.1f} MiB{layers}")
     if parameters.use_liger_kernel and (on_cpu or not is_liger_kernel_available()):
         taken["use_liger_kernel"] = False
         on_line("Liger kernels are not to be had here: norms, rotations and MLPs keep their intermediate results")
