@@ -26,9 +26,9 @@ tokens over rows x row_tokens. Operations per real token are 6 N + 12 layers x q
 arXiv:2204.02311, appendix B: not halved for the causal mask), where a token attends to its own sample, whatever the
 way; what gradient checkpointing computes again does not count. `mfu` holds them against `peak_tflops`: the device's
 dense bfloat16 peak, or on CPU the best matrix product of the same dtype and thread count in this run. `peak_gib` is the
-process's highest resident memory while training, on CUDA what torch allocated. Speeds are medians of the rounds with
-their smallest and largest; `cpu_seconds` of one thread well below `seconds` say that the machine was not quiet. Writes
-sft.csv and .png, and packing.csv (not with --gpu).
+process's highest resident memory while training, libraries included, on CUDA what torch allocated. Speeds are medians
+of the rounds with their smallest and largest; with one thread, `cpu_seconds` well below `seconds` say that the machine
+was not quiet. Writes sft.csv and .png, and packing.csv (not with --gpu).
 """
 
 import argparse
@@ -108,7 +108,7 @@ class Case:
 
 
 CPU_CASES = [
-    Case(MICRO, "r1-like", 1024, rows_per_step=4, n_samples=59, rounds=3, scale=16),
+    Case(MICRO, "r1-like", 1024, rows_per_step=4, n_samples=59, scale=16),
     Case(SMOLLM2, "gsm8k-like", 1024, rows_per_step=1, n_samples=13),
 ]
 ON_GPU = {"warm_up": 3, "rounds": 3, "gradient_checkpointing": True, "attention": "flash_attention_2"}
@@ -535,7 +535,7 @@ def with_old(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     old = pd.read_csv(path)
     now = set(zip(frame["model"], frame["machine"].fillna(""), strict=True))
     kept = [(row.model, "" if pd.isna(row.machine) else row.machine) not in now for row in old.itertuples()]
-    return pd.concat([old[kept], frame], ignore_index=True)
+    return pd.concat([old[kept], frame], ignore_index=True).astype(dict.fromkeys(COUNTS, "Int64"))
 
 
 def main() -> None:
@@ -545,7 +545,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="only these; `packing` is the packing table")
     parser.add_argument("--rounds", type=int, help="of each case, instead of its own number")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--folder", type=Path, help="where models and rows are made and deleted (6 GB; 10 GB on GPU)")
+    parser.add_argument("--folder", type=Path, help="where models and rows are made and deleted (2 GB; 5 GB on GPU)")
     parser.add_argument("--out", type=Path, help="folder of the results (benchmarks; --smoke writes none without it)")
     arguments = parser.parse_args()
     if arguments.gpu:

@@ -2,19 +2,33 @@
 
 import contextlib
 import ctypes
+import json
 import os
+import queue
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from base64 import urlsafe_b64encode
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tinyr1_utils.config import SftParameters, from_root
 
 _PR_SET_PDEATHSIG = 1
+# With a terminal (-tt) sshd hangs up on the workers of a host when ssh ends; without one they would go on alone.
+_SSH = ["ssh", "-tt", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "ServerAliveInterval=30"]
+# What the workers on every host need of this environment; an ssh login brings next to nothing. Secrets stay here,
+# since whoever is logged in on a host can read the command lines of others.
+_FORWARDED = re.compile(
+    r"(PATH|LD_LIBRARY_PATH|TMPDIR|VIRTUAL_ENV|XDG_CACHE_HOME)$|PYTHON|CUDA_(?!VISIBLE)"
+    r"|(ACCELERATE|DS|GLOO|HF|MKL|NCCL|OMP|TOKENIZERS|TORCH\w*|TQDM|TRANSFORMERS|TRITON|UCX|WANDB)_"
+)
+_SECRET = re.compile(r"(^|_)(KEY|PASSWORD|SECRET|TOKEN)(_|$)")
 ERROR = "ERROR  "  # a job's last words: what went wrong, in one sentence
 # What torchrun and DeepSpeed's launcher say of a worker that a signal ended.
 _SIGNAL = re.compile(r"Signal (\d+) \(SIG\w+\) received|exitcode\s*:\s*-(\d+)|exits with return code = -(\d+)")
@@ -107,9 +121,9 @@ def command(parameters: SftParameters, module: str, arguments: Sequence[str]) ->
                 f"hostfile {parameters.hostfile} has {slots} slots, num_processes is {parameters.num_processes}: make "
                 "them equal, since the global batch hangs on it"
             )
-        options += ["--hostfile", str(from_root(parameters.hostfile))]
-    else:
-        options += ["--num_gpus", str(parameters.num_processes)]
+        hosts = [str(from_root(parameters.hostfile)), str(port)]
+        return [sys.executable, "-m", "tinyr1_utils.launch", *hosts, module, *arguments]
+    options += ["--num_gpus", str(parameters.num_processes)]
     return [sys.executable, "-m", "deepspeed.launcher.runner", *options, "--module", module, *arguments]
 
 
@@ -127,6 +141,7 @@ def run(
     """
     process = subprocess.Popen(
         arguments,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -168,3 +183,67 @@ def _kill_group(process: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _on_host(hosts: Mapping[str, int], number: int, address: str, port: str, program: Sequence[str]) -> str:
+    """The shell line that is DeepSpeed's launcher on one host, in this folder and with this environment."""
+    world = json.dumps({host: list(range(slots)) for host, slots in hosts.items()})
+    options = [f"--world_info={urlsafe_b64encode(world.encode()).decode()}", f"--node_rank={number}"]
+    options += [f"--master_addr={address}", f"--master_port={port}", "--no_local_rank", "--module"]
+    variables = [f"{k}={v}" for k, v in os.environ.items() if _FORWARDED.match(k) and not _SECRET.search(k)]
+    line = [*variables, sys.executable, "-u", "-m", "deepspeed.launcher.launch", *options, *program]
+    return f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join(line)}"
+
+
+def _address(host: str) -> str:
+    """Where ssh finds a host: its name, or what the user's ssh settings say that the name stands for."""
+    settings = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, check=True).stdout
+    return next(line.split()[1] for line in settings.splitlines() if line.startswith("hostname "))
+
+
+def _follow(host: str, process: subprocess.Popen, ended: queue.Queue) -> None:
+    for line in process.stdout:
+        sys.stdout.write(f"{host}: {line.rstrip()}\n")  # in one piece: another host's line may come at the same time
+        sys.stdout.flush()
+    if process.wait():
+        sys.stdout.write(f"{host}: ended with code {process.returncode}\n")
+        sys.stdout.flush()
+    ended.put(process.returncode)
+
+
+def run_on_hosts(hostfile: str, port: str, program: Sequence[str], grace_s: float = 10.0) -> int:
+    """Run `python -m program` once for every slot of every host; the code of the first host that fails, else 0.
+
+    DeepSpeed's own way there, pdsh, outlives its launcher, keeps the other hosts waiting for one that failed, and
+    ends what it started by a name that other jobs bear too. Here a host that fails ends the others, once they had
+    time to say why, and the kernel ends every ssh with this process, kill -9 included.
+    """
+    hosts, ended = read_hostfile(hostfile), queue.Queue()
+    address = _address(next(iter(hosts)))
+    processes = {
+        host: subprocess.Popen(
+            [*_SSH, host, _on_host(hosts, number, address, port, program)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            preexec_fn=die_with_parent,
+        )
+        for number, host in enumerate(hosts)
+    }
+    for host, process in processes.items():
+        threading.Thread(target=_follow, args=(host, process, ended), daemon=True).start()
+    code, left = 0, len(hosts)
+    with contextlib.suppress(queue.Empty):
+        while left:
+            ended_with = ended.get(timeout=grace_s if code else None)
+            code = code or ended_with
+            left -= 1
+    for process in processes.values():
+        process.kill()
+    return abs(code)
+
+
+if __name__ == "__main__":
+    sys.exit(run_on_hosts(sys.argv[1], sys.argv[2], sys.argv[3:]))

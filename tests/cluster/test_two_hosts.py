@@ -16,7 +16,7 @@ from tinyr1_utils import launch
 from tinyr1_utils.config import SftParameters
 
 SCRIPT = Path(__file__).with_name("two_hosts.sh")
-PROGRAMS = "setpriv unshare nsenter ip pgrep hostname ssh ssh-keygen sshd pdsh".split()
+PROGRAMS = "setpriv unshare nsenter ip pgrep hostname ssh ssh-keygen sshd".split()
 # What two hosts need of the kernel, tried where it leaves nothing behind.
 PROBE = "mount -t tmpfs tmpfs /run && ip link add lan0 type veth peer name lan1"
 
@@ -27,7 +27,7 @@ def missing() -> str:
         return "two hosts need root, for namespaces"
     absent = [name for name in PROGRAMS if not shutil.which(name)]
     if absent:
-        return f"two hosts need {', '.join(absent)} (Debian: openssh-server pdsh iproute2 util-linux procps)"
+        return f"two hosts need {', '.join(absent)} (Debian: openssh-server iproute2 util-linux procps)"
     unshare = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "sh", "-c", PROBE]
     tried = subprocess.run(unshare, capture_output=True, text=True)
     return f"two hosts need namespaces and a veth pair: {tried.stderr.strip()}" if tried.returncode else ""
@@ -86,10 +86,7 @@ def on_hosts(hosts, tmp_path, monkeypatch):
     """Settings of a run over both hosts, whose launcher is then started on the first."""
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("node1 slots=1\nnode2 slots=1\n")
-    # To gloo each host's own name is a loopback address. DeepSpeed hands few variables on that no file names.
-    given = {"GLOO_SOCKET_IFNAME": "lan0", "OMP_NUM_THREADS": "1", "PATH": launch.search_path()}
-    (tmp_path / "environment").write_text("".join(f"{name}={value}\n" for name, value in given.items()))
-    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "environment"))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lan0")  # to gloo each host's own name is a loopback address
     return {"launcher": "deepspeed", "num_processes": 2, "num_nodes": 2, "hostfile": str(hostfile)}
 
 
@@ -170,16 +167,22 @@ def notebook(hosts, on_hosts, tmp_path, monkeypatch):
         process.communicate()
 
 
-def test_every_host_gets_the_environment(notebook, tmp_path):
+def test_every_host_gets_the_environment(notebook, tmp_path, monkeypatch):
+    odd = """a  b "c" 'd' $HOME `id` \\ %h ; é"""
+    monkeypatch.setenv("GLOO_ODD", odd)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_TOKEN", "secret")
     process = notebook(0)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     given = {path.name: json.loads(path.read_text()) for path in (tmp_path / "seen").iterdir()}
     assert sorted((name, seen["RANK"]) for name, seen in given.items()) == [("node1", "0"), ("node2", "1")]
     for seen in given.values():
-        assert (seen["GLOO_SOCKET_IFNAME"], seen["OMP_NUM_THREADS"]) == ("lan0", "1")
+        assert (seen["GLOO_ODD"], seen["GLOO_SOCKET_IFNAME"], seen["OMP_NUM_THREADS"]) == (odd, "lan0", "1")
         assert seen["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
         assert str(tmp_path) in seen["PYTHONPATH"].split(os.pathsep)
+        assert "HF_TOKEN" not in seen
+    assert "secret" not in output
 
 
 def the_notebook(hosts: Path) -> int:
@@ -190,9 +193,25 @@ def the_launcher(hosts: Path) -> int:
     return children(the_notebook(hosts))[0]
 
 
-def test_an_interrupted_launcher_ends_the_processes_of_both_hosts(hosts, notebook, tmp_path):
+def the_second_worker(hosts: Path) -> int:
+    return next(
+        pid for pid, line in processes(hosts, 2).items() if "-m two_hosts_worker" in line and "deepspeed" not in line
+    )
+
+
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [
+        (the_notebook, signal.SIGINT),
+        (the_notebook, signal.SIGKILL),
+        (the_launcher, signal.SIGINT),
+        (the_launcher, signal.SIGKILL),
+        (the_second_worker, signal.SIGKILL),
+    ],
+)
+def test_whatever_ends_ends_the_processes_of_both_hosts(victim, number, hosts, notebook, tmp_path):
     process = notebook(600)
     assert until(lambda: len(list((tmp_path / "seen").iterdir())) == 2), "no worker on one of the hosts"
-    os.kill(the_launcher(hosts), signal.SIGINT)
+    os.kill(victim(hosts), number)
     assert until(lambda: not (processes(hosts, 1) or processes(hosts, 2)), 60), [processes(hosts, n) for n in (1, 2)]
     assert process.wait(60) != 0
