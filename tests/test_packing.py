@@ -98,13 +98,13 @@ def as_rows(*rows):
     return [dataclasses.asdict(row) for row in rows]
 
 
-def test_collate_pads_on_the_right_and_isolates_the_padding():
+def test_collate_pads_on_the_right_behind_the_last_sample():
     batch = collate(as_rows(packed_row([A, B], neat=True), packed_row([B], neat=True)), PAD)
     assert set(batch) == {"input_ids", "labels", "position_ids"}  # a mask would switch the isolation off
     assert all(tensor.dtype == torch.int64 and tensor.shape == (2, 7) for tensor in batch.values())
     assert batch["input_ids"][1].tolist() == [20, 21, 22, PAD, PAD, PAD, PAD]
     assert batch["labels"][1].tolist() == [IGNORED, 21, 22, *[IGNORED] * 4]
-    assert batch["position_ids"][1].tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6]]
 
 
 # --- a real model ----------------------------------------------------------------------------------------------

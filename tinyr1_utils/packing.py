@@ -84,7 +84,8 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int):
     """Rows padded on the right to the longest: input_ids, labels, position_ids, each (rows, tokens) int64 tensors.
 
     No attention mask on purpose: from restarting positions transformers builds the block-diagonal mask itself, but
-    only when it is given no mask and no cache. Padding gets positions 0, 1, ... and so is a block of its own.
+    only when it is given no mask and no cache. Padding goes on from the last sample's positions: what comes behind a
+    token changes nothing for it, and a row of one sample stays plain causal attention, which needs no mask at all.
     """
     import torch
 
@@ -94,7 +95,8 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int):
     positions = np.zeros(shape, dtype=np.int64)
     for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         ids[number, :length], labels[number, :length] = row["ids"], row["labels"]
-        positions[number, :length], positions[number, length:] = row["positions"], np.arange(shape[1] - length)
+        positions[number, :length] = row["positions"]
+        positions[number, length:] = row["positions"][-1] + 1 + np.arange(shape[1] - length)
     batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 

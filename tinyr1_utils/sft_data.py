@@ -1,7 +1,7 @@
 """Owns an SFT set on its way into training: token ids, what is held out, packed rows on disk. Trains nothing."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def write_rows(path: Path, rows: Iterator[PackedRow]) -> pd.DataFrame:
         pa.ipc.new_stream(file, schema) as out,
     ):
         for row in rows:
-            waiting.append(asdict(row))
+            waiting.append(vars(row))
             facts.append((len(row.ids), int(np.count_nonzero(row.labels != IGNORED)), row.n_samples))
             if len(waiting) == BATCH:
                 out.write_batch(pa.RecordBatch.from_pylist(waiting, schema))
