@@ -281,6 +281,14 @@ def test_the_command_line_prints_a_table_for_each_branch(monkeypatch, capsys):
     assert printed.count("### sft/") == 4 and printed.count("| part ") == 4 and "| weights " in printed
 
 
+def test_the_committed_plan_of_the_papers_run_is_todays(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memory_plan", "--config", "configs/tinyr1-32b.yaml"])
+    with pytest.raises(SystemExit):
+        memory_plan.main()
+    committed = from_root("docs/plan-tinyr1-32b.md").read_text()
+    assert capsys.readouterr().out == committed, "make -s plan CONFIG=configs/tinyr1-32b.yaml > docs/plan-tinyr1-32b.md"
+
+
 def test_the_command_line_refuses(monkeypatch, capsys):
     assert run(monkeypatch, "--config", "configs/tinyr1-32b.yaml", "--gpu-gib", "20") == 1
     assert "sft/math needs" in capsys.readouterr().out
