@@ -53,6 +53,10 @@ def branch(run: Path, name: str, rng: random.Random) -> None:
         "train_loss": loss,
         "held_out_loss_before": 1.62,
         "held_out_loss": loss + 0.05,
+        "held_out": [
+            {"domain": domain, "trained": name in (domain, "mixture"), "before": 1.0, "after": after}
+            for domain, after in (("math", 0.5), ("code", 1.03), ("science", 1.25))
+        ],
     }
     domains = ",".join(DOMAINS) if name == "mixture" else name
     weights(folder / "branch", 0.01, rng)

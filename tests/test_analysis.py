@@ -119,6 +119,14 @@ def test_tokens_funnel_losses_and_stress(run):
     losses = analysis.loss_frame(run)
     assert list(dict.fromkeys(losses["branch"])) == ["math", "code", "science", "mixture"]
     assert losses["held_out_loss"].notna().sum() == 12
+    forgetting = analysis.forgetting_frame(run)
+    assert forgetting.loc[forgetting["alarm"], ["branch", "domain"]].to_numpy().tolist() == [
+        ["math", "science"],
+        ["code", "science"],
+    ]
+    shown = tables.forgetting_table(forgetting).set_index("branch")
+    assert shown.iloc[0].to_list() == ["1.000 -> 0.500 (-50%)", "1.000 -> 1.030 (+3%)", "1.000 -> 1.250 (+25%, alarm)"]
+    assert tables.forgetting_table(forgetting.head(0)).empty  # runs from before held-out losses by domain
     stress = analysis.stress_frame(run, confidence=0.9)
     assert stress["change"].head(4).to_list() == list(fake_run.CHANGES)
     half = stats.t.ppf(0.95, stress["n_problems"] - 1) * 0.035

@@ -215,11 +215,11 @@ def run_job(
 
     `peak_tokens_per_s` is the rate at a model FLOPs utilisation of 1, 0 where it is not known.
     """
-    from transformers import AutoConfig
+    if parameters.sequence_parallel_size > 1:
+        from transformers import AutoConfig
 
-    check_splittable(
-        AutoConfig.from_pretrained(resolve_backbone(parameters.backbone)), parameters.sequence_parallel_size
-    )
+        config = AutoConfig.from_pretrained(resolve_backbone(parameters.backbone))
+        check_splittable(config, parameters.sequence_parallel_size)
     arguments = ["--config", str(write_job(parameters, prepared, folder, peak_tokens_per_s))]
     environment = {"OMP_NUM_THREADS": str(parameters.threads), "TQDM_DISABLE": "1"}
     launch.run(launch.command(parameters, "tinyr1_utils.sft", arguments), on_line, environment)

@@ -198,7 +198,7 @@ def branch_table(branches: pd.DataFrame) -> pd.DataFrame:
 def forgetting_table(forgetting: pd.DataFrame) -> pd.DataFrame:
     """Branches x domains: held-out loss before -> after (nats per token), and an alarm where another domain's rose."""
     return _wide(
-        forgetting.assign(branch="sft/" + forgetting["branch"]),
+        forgetting.assign(branch=[f"sft/{branch}" for branch in forgetting["branch"]]),
         "branch",
         lambda r: r.domain,
         lambda r: f"{r.before:.3f} -> {r.after:.3f} ({r.change:+.0%}{', alarm' if r.alarm else ''})",
