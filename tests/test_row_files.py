@@ -106,3 +106,14 @@ def test_an_interrupted_mirror_goes_on_and_ends_with_the_same_bytes(tmp_path, mo
 
 def test_a_pinned_revision_needs_no_network():
     assert pinned("x", HUB) == HUB
+
+
+def test_a_branch_is_pinned_to_the_commit_that_was_first_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "from_root", lambda path: tmp_path / path)
+    hub = (*HUB[:3], "main")
+    with pytest.raises(FileNotFoundError, match="could not be read from the hub"):  # none here to ask
+        pinned("x", hub)
+    file = tmp_path / "papermill_runs/hub/revisions.json"
+    assert not file.is_file()
+    file.write_text(json.dumps({f"{HUB[0]}@main": "a" * 40}))
+    assert pinned("x", hub) == (*HUB[:3], "a" * 40)

@@ -65,19 +65,27 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def pinned(name: str, hub: Hub) -> Hub:
-    """The same with the commit that a branch such as `main` stands for now, so that a result can name what it read.
+    """The same with the commit that a branch such as `main` stood for when this checkout first read it.
 
-    FileNotFoundError with the remedy where the hub can not be asked.
+    That is written to papermill_runs/hub/revisions.json, so that every later run reads the same commit; to take a newer
+    one, delete its line. FileNotFoundError with the remedy where the hub can not be asked.
     """
     from huggingface_hub import HfApi
 
     repository, configuration, split, revision = hub
     if re.fullmatch("[0-9a-f]{40}", revision):
         return hub
-    try:
-        return repository, configuration, split, HfApi().dataset_info(repository, revision=revision).sha
-    except Exception as error:
-        raise _unreachable(name, hub, error) from None
+    file, key = from_root("papermill_runs/hub/revisions.json"), f"{repository}@{revision}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(file.with_suffix(".lock")):
+        known = read_json(file) if file.is_file() else {}
+        if key not in known:
+            try:
+                known[key] = HfApi().dataset_info(repository, revision=revision).sha
+            except Exception as error:
+                raise _unreachable(name, hub, error) from None
+            write_json(file, known)
+    return repository, configuration, split, known[key]
 
 
 def hub_rows(name: str, hub: Hub, hub_files: tuple[str, ...] = ()) -> Iterator[Row]:
