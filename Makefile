@@ -9,7 +9,7 @@ COMPILE := $(VENV)/bin/uv pip compile -q --python-version 3.11 --no-annotate --n
 	--custom-compile-command "make lock" --overrides requirements/overrides.txt $(LOCK_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap run plan test lab lint format figures publish lm-eval benchmark-curation benchmark-grading \
+.PHONY: help bootstrap run plan test test-slow lab lint format figures publish lm-eval benchmark-curation benchmark-grading \
 	benchmark-merge benchmark-sft lock clean clean-runs
 
 help:
@@ -25,8 +25,11 @@ run: bootstrap ## all notebooks of CONFIG (configs/micro.yaml) headless; DATA_RO
 plan: bootstrap ## memory per GPU, steps and hours of every branch of CONFIG, before anything loads; PLAN_ARGS="--gpu-gib 40"
 	@$(VENV_PYTHON) -m tinyr1_utils.memory_plan --config $(CONFIG) $(PLAN_ARGS)
 
-test: bootstrap lm-eval ## the tests; PYTEST_ARGS="-m 'not slow'" for the quick ones
+test: bootstrap lm-eval ## all tests; PYTEST_ARGS="-m 'not slow'" for the quick ones
 	$(VENV_PYTHON) -m pytest -q tests $(PYTEST_ARGS)
+
+test-slow: bootstrap ## of the tests the slow ones alone, which start real jobs, servers and hosts
+	$(VENV_PYTHON) -m pytest -q tests -m slow $(PYTEST_ARGS)
 
 lab: bootstrap ## JupyterLab on notebooks/, its kernel this environment; LAB_ARGS=--no-browser
 	$(VENV)/bin/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)

@@ -236,6 +236,12 @@ def test_the_saved_branch_is_the_model_that_was_measured(changes, tolerance, tmp
         with torch.no_grad():
             loss = model(**batch, use_cache=False).loss
         assert float(loss) == pytest.approx(after, abs=max(tolerance, 0.02 if len(rows) > 2 else tolerance))
+    if changes.get("branch_choice") == "best":
+        with open(tmp_path / "loss.csv", newline="") as stream:
+            rows = [row for row in csv.DictReader(stream) if row["held_out_loss"]]
+        best = min(rows, key=lambda row: float(row["held_out_loss"]))
+        assert summary["chosen_step"] == int(best["step"])
+        assert summary["after"]["math"] == pytest.approx(float(best["held_out_loss"]), abs=1e-4)
     changed, total = branches.changed_elements(tmp_path / "branch", BACKBONE)
     assert 0.3 < changed / total <= 1
 
