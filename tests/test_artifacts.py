@@ -34,6 +34,7 @@ RUN = load_config(CONFIG)
 
 def parameters(run_dir, stage="curation", variant="math", **changed):
     values = stage_parameters(RUN, stage, variant).model_dump()
+    values |= {"watched_domains": ""} if stage == "sft" else {}  # one stage upstream is enough here
     return type(stage_parameters(RUN, stage, variant))(**{**values, "run_dir": str(run_dir), **changed})
 
 
