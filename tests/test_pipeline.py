@@ -143,15 +143,16 @@ def test_whole_pipeline_and_a_second_run_that_does_nothing(project):
 
 
 def test_killed_sft_ends_as_an_undisturbed_one(project):
-    config = write_config(project, "calm", curation=CURATION, sft=SFT)
+    alone = {"shared": SFT["shared"] | {"watched_domains": ""}}
+    config = write_config(project, "calm", curation=CURATION, sft=alone)
     finish(run_stage(project, config, "curation", "math"))
     finish(run_stage(project, config, "sft", "math"))
-    disturbed = write_config(project, "killed", curation=CURATION, sft=SFT)
+    disturbed = write_config(project, "killed", curation=CURATION, sft=alone)
     finish(run_stage(project, disturbed, "curation", "math"))
     folder = project / "papermill_runs/killed/sft/math"
     process = run_stage(project, disturbed, "sft", "math")
     deadline = time.monotonic() + 200
-    while not list(folder.glob("checkpoints/checkpoint-4/complete")):
+    while not list(folder.glob("checkpoints/checkpoint-4/complete.json")):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint before the end"
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
