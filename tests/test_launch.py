@@ -197,6 +197,10 @@ def test_srun_is_refused_outside_a_slurm_job(parameters, monkeypatch):
             r"^a process of the job was ended by SIGKILL, perhaps for want of memory",
         ),
         ("import os; os.kill(os.getpid(), 15)", r"^a process of the job was ended by SIGTERM: run the stage again"),
+        (
+            "import os; print('gloo: no buffer', flush=True); os.abort()",
+            r"^a process of the job was ended by SIGABRT; its last lines:\ngloo: no buffer$",
+        ),
     ],
 )
 def test_what_ended_a_job_is_one_sentence(code, sentence):

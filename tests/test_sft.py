@@ -1,5 +1,6 @@
 """Branch SFT through real launches: one process, torchrun, DeepSpeed ZeRO; killed, resumed, and refused."""
 
+import contextlib
 import csv
 import json
 import os
@@ -144,7 +145,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, sets, alone):
     rows = prepared(folder, sets, told)
     for waits_for in ("from step", "step 2  held-out"):
         with pytest.raises(RuntimeError, match="SIGKILL"):
-            sft.run_job(told, rows, folder, killer(waits_for, moment.uniform(0, 0.5)))
+            sft.run_job(told, rows, folder, killer(folder, waits_for, moment.uniform(0, 0.5)))
         assert not (folder / "branch").exists()
     lines = []
     summary = sft.run_job(told, rows, folder, lines.append)
@@ -153,29 +154,26 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, sets, alone):
     assert (folder / "loss.csv").read_text() == (alone / "loss.csv").read_text()
 
 
-def killer(waits_for: str, after_s: float):
-    """A listener that ends the processes which this test has started, some time after a line is seen."""
+def killer(folder: Path, waits_for: str, after_s: float):
+    """A listener that ends the processes of the job in a folder, some time after a line is seen."""
 
     def on_line(line: str) -> None:
         if waits_for in line:
-            threading.Timer(after_s, kill_children).start()
+            threading.Timer(after_s, kill_processes, [folder]).start()
 
     return on_line
 
 
-def children() -> list[int]:
-    """The processes below this one, workers first."""
-    found = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
-    below, parents = [], {os.getpid()}
-    for _ in range(5):
-        new = [int(line.split()[0]) for line in found if int(line.split()[1]) in parents and "ps -eo" not in line]
-        below, parents = new + below, set(new)
-    return below
+def processes(folder: Path) -> list[int]:
+    """The processes of the job in a folder, wherever they hang, the ones that were started last first."""
+    found = subprocess.run(["pgrep", "-f", f"{folder}/job.json"], capture_output=True, text=True).stdout
+    return sorted(map(int, found.split()), reverse=True)
 
 
-def kill_children(which=lambda pids: pids) -> None:
-    for pid in which(children()):
-        os.kill(pid, signal.SIGKILL)
+def kill_processes(folder: Path, number: int | None = None) -> None:
+    for pid in processes(folder)[:number]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -184,7 +182,8 @@ def test_a_dead_worker_ends_the_job_in_one_sentence(tmp_path, sets):
 
     def on_line(line: str) -> None:
         if line.startswith("step 1 "):
-            kill_children(lambda pids: pids[:1])
+            assert len(processes(tmp_path)) == 3
+            kill_processes(tmp_path, 1)
 
     with pytest.raises(
         RuntimeError, match=r"ended by SIGKILL, perhaps for want of memory: run the stage again"
@@ -192,16 +191,16 @@ def test_a_dead_worker_ends_the_job_in_one_sentence(tmp_path, sets):
         run(tmp_path, sets, told, on_line)
     assert "\n" not in str(said.value)
     deadline = time.monotonic() + 20
-    while children() and time.monotonic() < deadline:
+    while processes(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert children() == []
+    assert processes(tmp_path) == []
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_one_process_is_resumed_by_two(tmp_path, sets, alone):
     rows = prepared(tmp_path, sets, parameters())
     with pytest.raises(RuntimeError, match="SIGKILL"):
-        sft.run_job(parameters(), rows, tmp_path, killer("step 2  held-out", 0.3))
+        sft.run_job(parameters(), rows, tmp_path, killer(tmp_path, "step 2  held-out", 0.3))
     if not list((tmp_path / "checkpoints").glob(f"checkpoint-2/{branches.COMPLETE}")):
         pytest.fail("killed before the checkpoint was whole: raise the delay")
     lines = []

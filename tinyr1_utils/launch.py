@@ -30,6 +30,7 @@ _FORWARDED = re.compile(
 )
 _SECRET = re.compile(r"(^|_)(KEY|PASSWORD|SECRET|TOKEN)(_|$)")
 ERROR = "ERROR  "  # a job's last words: what went wrong, in one sentence
+_CRASHES = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
 # What torchrun and DeepSpeed's launcher say of a worker that a signal ended.
 _SIGNAL = re.compile(r"Signal (\d+) \(SIG\w+\) received|exitcode\s*:\s*-(\d+)|exits with return code = -(\d+)")
 
@@ -172,11 +173,13 @@ def _reason(code: int, said: str, ended_by: int, last: Sequence[str]) -> str:
     ended_by = ended_by or max(0, -code)
     if said:
         return said
+    how = f"the job ended with code {code}"
     if ended_by:
-        name = signal.Signals(ended_by).name
+        how = f"a process of the job was ended by {signal.Signals(ended_by).name}"
+    if ended_by and ended_by not in _CRASHES:
         memory = ", perhaps for want of memory" if ended_by == signal.SIGKILL else ""
-        return f"a process of the job was ended by {name}{memory}: run the stage again, it goes on where it was"
-    return f"the job ended with code {code}; its last lines:\n" + "\n".join(last)
+        return f"{how}{memory}: run the stage again, it goes on where it was"
+    return f"{how}; its last lines:\n" + "\n".join(last)
 
 
 def _kill_group(process: subprocess.Popen) -> None:

@@ -4,12 +4,14 @@ python -m tinyr1_utils.sft --config job.json     # what notebook 02 launches: al
 """
 
 import argparse
+import atexit
 import csv
 import importlib
 import json
 import math
 import os
 import shutil
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -267,12 +269,19 @@ def clean_up(stage: Stage) -> None:
 
 
 def leave_together() -> None:
-    """End the group of processes, if there is one: gloo aborts now and then in a process that leaves others in it."""
+    """End a process of a group at once, when all of them have come here; nothing where there is no group.
+
+    Taking the group down in order is what now and then ends in an abort: gloo's destructor ends a process whose queue
+    still holds work, such as a gathering that ZeRO-3 began ahead and nobody asked for.
+    """
     import torch
 
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()  # a tracker sends what it still holds
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def main() -> None:
