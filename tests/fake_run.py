@@ -15,7 +15,8 @@ FILTERS = ("read", "complete", "length", "verified", "duplicate", "contaminated"
 MERGE_ORDER = "math,science,code"
 RECIPES = ("arcee_fusion", "linear", "task_arithmetic", "ties", "dare_ties")
 MODELS = {"backbone": "backbone"} | {b: f"sft/{b}" for b in (*DOMAINS, "mixture")} | {r: f"merge/{r}" for r in RECIPES}
-CHANGES = {"longer_right": 0.08, "longer_wrong": -0.1, "true_false": 0.2, "nouns": -0.01}
+CHANGES = {"longer_right:neutral@4": 0.08, "longer_wrong:neutral@4": -0.1, "true_false": 0.2, "nouns:latin": -0.01}
+SCORINGS = ("generated", "mean")
 
 
 def finish(run: Path, name: str, parameters: dict, metrics: dict, inputs: dict | None = None) -> None:
@@ -122,12 +123,24 @@ def evaluation(run: Path, variant: str, model: str, rng: random.Random) -> None:
 
 
 def stress(run: Path, variant: str, rng: random.Random) -> None:
-    changes = {}
-    for change, shift in CHANGES.items():
-        difference = shift + rng.uniform(-0.02, 0.02)
-        changes[change] = {"n_problems": 30, "untouched": 10, "accuracy_original": 0.5, "stderr": 0.035}
-        changes[change] |= {"accuracy_changed": 0.5 + difference, "difference": difference}
-    finish(run, f"stress/{variant}", {"model": MODELS[variant]}, {"benchmark": "micro-science", "changes": changes})
+    scorings = {}
+    for scoring in SCORINGS:
+        longest = {"longest_rate": 0.4, "longest_problems": 25, "longest_chance": 0.25}
+        original = {"n_problems": 40, "accuracy": 0.5, "stderr": 0.08} | longest
+        changes, scores = {}, [Score(f"p{i}", 0, i % 2 == 0, "", "A", False, 0) for i in range(40)]
+        for change, shift in CHANGES.items():
+            difference = shift + rng.uniform(-0.02, 0.02)
+            changes[change] = {"n_problems": 30, "untouched": 10, "accuracy_original": 0.5, "stderr": 0.035}
+            changes[change] |= {"accuracy_changed": 0.5 + difference, "difference": difference, "stderr_changed": 0.09}
+            changes[change] |= {"right_to_wrong": 0.1, "wrong_to_right": 0.1 + difference, "all_right": None} | longest
+            right = {i for i in range(30) if (i + (variant == "science")) % 3}
+            suffixes = (".A", ".B") if change == "true_false" else ("",)
+            scores += [
+                Score(f"p{i}/{change}{s}", 0, i in right, "", "A", False, 0) for i in range(30) for s in suffixes
+            ]
+        write_records(run / "stress" / variant / f"scores-{scoring}.jsonl", scores)
+        scorings[scoring] = {"original": original, "changes": changes, "consistency": 0.6, "robust_accuracy": 0.3}
+    finish(run, f"stress/{variant}", {"model": MODELS[variant]}, {"benchmark": "micro-science", "scorings": scorings})
 
 
 def build(run: Path, seed: int = 0) -> Path:
@@ -142,6 +155,6 @@ def build(run: Path, seed: int = 0) -> Path:
         merge(run, recipe, rng)
     for variant, model in MODELS.items():
         evaluation(run, variant, model, rng)
-    for variant in ("backbone", "science", "arcee_fusion"):
+    for variant in ("backbone", *DOMAINS, "arcee_fusion"):
         stress(run, variant, rng)
     return run

@@ -13,7 +13,7 @@ import papermill
 import pytest
 from scipy import stats
 
-from tinyr1_utils import analysis, looks, metrics, reported, status, tables
+from tinyr1_utils import analysis, looks, metrics, reported, status, stress_analysis, tables
 from tinyr1_utils.config import load_config
 from tinyr1_utils.records import Score, write_records
 
@@ -127,10 +127,38 @@ def test_tokens_funnel_losses_and_stress(run):
     shown = tables.forgetting_table(forgetting).set_index("branch")
     assert shown.iloc[0].to_list() == ["1.000 -> 0.500 (-50%)", "1.000 -> 1.030 (+3%)", "1.000 -> 1.250 (+25%, alarm)"]
     assert tables.forgetting_table(forgetting.head(0)).empty  # runs from before held-out losses by domain
-    stress = analysis.stress_frame(run, confidence=0.9)
-    assert stress["change"].head(4).to_list() == list(fake_run.CHANGES)
-    half = stats.t.ppf(0.95, stress["n_problems"] - 1) * 0.035
-    assert (stress["high"] - stress["difference"]).to_list() == pytest.approx(half.tolist())
+
+
+def test_frames_of_the_stress_test(run):
+    drops = stress_analysis.stress_frame(run, confidence=0.9)
+    assert drops["change"].head(4).to_list() == list(fake_run.CHANGES)
+    assert list(dict.fromkeys(drops["scoring"])) == list(fake_run.SCORINGS)
+    assert drops["model"].nunique() == 5
+    half = stats.t.ppf(0.95, drops["n_problems"] - 1) * 0.035
+    assert (drops["high"] - drops["difference"]).to_list() == pytest.approx(half.tolist())
+    doses = stress_analysis.dose_frame(run).query("model == 'backbone' and scoring == 'mean'")
+    assert doses[["change", "ratio"]].to_numpy().tolist() == [
+        ["longer_right", 1.0], ["longer_right", 4.0], ["longer_wrong", 1.0], ["longer_wrong", 4.0],
+    ]  # fmt: skip
+    assert doses["accuracy"].iloc[0] == 0.5 and doses["n_problems"].to_list() == [40, 30, 40, 30]
+    longest = stress_analysis.longest_frame(run)
+    assert set(longest["change"]) == {"original", "longer_right:neutral@4", "longer_wrong:neutral@4"}
+    assert ((longest["low"] > 0.2) & (longest["high"] < 0.61)).all()
+    assert stress_analysis.robustness_frame(run)["consistency"].eq(0.6).all()
+
+
+def test_what_a_merged_model_inherits_is_paired_by_problem(run):
+    inherited = stress_analysis.inheritance_frame(run).query("scoring == 'mean'").set_index("change")
+    assert "true_false" not in inherited.index  # of sets of statements scores tell no balanced accuracy
+    (row,) = inherited.loc[["nouns:latin"]].itertuples()
+    # Changed: arcee_fusion, math and code are right at i % 3 != 0, science at i % 3 != 2; unchanged all at even i.
+    own, shifted = ([float(bool((i + by) % 3)) - (i % 2 == 0) for i in range(30)] for by in (0, 1))
+    excess = [a - (2 * a + b) / 3 for a, b in zip(own, shifted, strict=True)]
+    assert row.excess == pytest.approx(np.mean(excess), abs=1e-9)
+    assert row.stderr == pytest.approx(np.std(excess, ddof=1) / math.sqrt(30))
+    assert (row.lowest, row.highest) == pytest.approx((np.mean(shifted), np.mean(own)))
+    assert row.verdict == "like their mean"
+    assert set(inherited["model"]) == {"merge/arcee_fusion"}
 
 
 def test_incomplete_run_is_analysed_and_names_what_is_missing(run, tmp_path):
@@ -140,7 +168,8 @@ def test_incomplete_run_is_analysed_and_names_what_is_missing(run, tmp_path):
         (part / name / "manifest.json").unlink()
     assert status.missing(part) == ["curation/code", "evaluation/ties", "stress/science"]
     planned = load_config(ROOT / "configs" / "micro.yaml")
-    assert status.missing(part, planned) == ["curation/code", "evaluation/ties", "stress/science"]
+    absent = ["curation/code", "evaluation/ties", "stress/science", "stress/mixture", "stress/linear"]
+    assert status.missing(part, planned) == absent
     assert status.missing(part, ["sft/math", "sft/other"]) == ["sft/other"]
     assert "merge/ties" not in set(analysis.accuracy_frame(part)["model"])
     assert set(analysis.funnel_frame(part)["variant"]) == {"math", "science"}

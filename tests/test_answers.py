@@ -102,21 +102,42 @@ def test_the_number_of_options_bounds_the_letter():
 
 
 TRUTHS = [
-    (r"\boxed{True}", True),
-    (r"\boxed{\text{false}}", False),
-    ("The answer is false.", False),
-    ("The answer is **True**", True),
-    ("Reasons.\nFalse.", False),
-    (r"<think>\boxed{True}</think>\boxed{False}", False),
+    (r"\boxed{True}", "True"),
+    (r"\boxed{\text{false}}", "False"),
+    ("The answer is false.", "False"),
+    ("The answer is **True**", "True"),
+    ("Reasons.\nFalse.", "False"),
+    (r"<think>\boxed{True}</think>\boxed{False}", "False"),
     ("This is true of all, false of some.", None),
     (r"\boxed{7}", None),
+    (r"\boxed{Yes}", None),
     ("<think>True", None),
 ]
 
 
 @pytest.mark.parametrize(("text", "expected"), TRUTHS)
-def test_extract_true_false(text, expected):
-    assert answers.extract_true_false(text) is expected
+def test_extract_truth(text, expected):
+    assert answers.extract_truth(text) == expected
+    swapped = text.replace("rue", "es").replace("alse", "o").replace("True", "Yes").replace("False", "No")
+    swapped = swapped.replace("Tes", "Yes").replace("tes", "yes").replace("Fo", "No").replace("fo", "no")
+    if "Yes}" not in text:
+        assert answers.extract_truth(swapped, "yes_no") == {"True": "Yes", "False": "No"}.get(expected)
+
+
+@pytest.mark.parametrize(
+    ("completion", "reference", "status"),
+    [
+        (r"It is \boxed{The Nucleus}.", "nucleus", "right"),
+        (r"\boxed{\text{solar cells}}", "a solar cell", "right"),
+        ("So the answer is photosynthesis.", "Photosynthesis", "right"),
+        (r"\boxed{gas}", "glass", "wrong"),
+        (r"\boxed{the nucleus of the atom}", "nucleus", "wrong"),
+        ("Nucleus, I think.", "nucleus", "no_answer"),
+        (r"<think>\boxed{nucleus}", "nucleus", "no_answer"),
+    ],
+)
+def test_an_open_answer_is_compared_word_by_word(completion, reference, status):
+    assert answers.grade_words(completion, reference).status == status
 
 
 NUMBERS = [

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from tinyr1_utils import analysis, figures, merge_analysis, plotting, reported, tables
+from tinyr1_utils import analysis, figures, merge_analysis, plotting, reported, stress_analysis, tables
 
 
 def two_fusions(choices):
@@ -25,7 +25,9 @@ def frames(tmp_path_factory):
         "curation_funnel": analysis.funnel_frame(run),
         "loss_curves": analysis.loss_frame(run),
         "token_lengths": reported.beside(analysis.token_frame(run), reported.token_rows()),
-        "stress_drops": reported.beside(analysis.stress_frame(run), reported.stress_rows()),
+        "stress_drops": reported.beside(stress_analysis.stress_frame(run), reported.stress_rows()),
+        "dose_response": stress_analysis.dose_frame(run),
+        "longest_options": stress_analysis.longest_frame(run),
         "merge_choices": merge_analysis.choice_frame(run),
         "accuracy_by_kept_fraction": merge_analysis.kept_fraction_frame(two_fusions(merge_analysis.choice_frame(run))),
         "kept_by_layer": merge_analysis.reference_kept(run),

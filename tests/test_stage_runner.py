@@ -221,6 +221,6 @@ def test_the_papers_run_is_planned_and_nothing_is_run(project):
     assert done.returncode == 0, done.stderr
     jobs = planned(done.stdout + done.stderr)
     jobs.pop("total")
-    assert jobs == {"curation": 3, "sft": 4, "merge": 3, "evaluation": 10, "stress": 3, "analysis": 1, "all": 1}
+    assert jobs == {"curation": 3, "sft": 4, "merge": 3, "evaluation": 10, "stress": 7, "analysis": 1, "all": 1}
     assert "is done" not in done.stdout
     assert {path.name for path in (project / "papermill_runs" / "tinyr1-32b").iterdir()} <= {".run.lock"}

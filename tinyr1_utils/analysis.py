@@ -30,15 +30,13 @@ GAIN = [*MODEL, "reference", "difference", *ESTIMATE, "p_value", "unpaired"]
 MERGE = [*GAIN, "recipe", "merge_order", "settings", "changed_fraction"]
 QUANTILES = {"p10": 0.10, "p25": 0.25, "p50": 0.50, "p75": 0.75, "p90": 0.90}
 TOKENS = [*MODEL, "mean", *ESTIMATE, *QUANTILES, "n_completions", "truncation_rate"]
-STRESS = ["origin", "model", "kind", "benchmark", "change", "accuracy_original", "accuracy_changed", "difference"]
-STRESS += [*ESTIMATE, "untouched"]
 FUNNEL = ["variant", "domain", "step", "filter", "rows", "tokens", "kept_share", "broken_lines"]
 LOSS = ["branch", "domains", "step", "tokens", "loss", "held_out_loss", "learning_rate", "grad_norm"]
 BRANCH = ["branch", "domains", "steps", "tokens", "train_loss", "held_out_loss_before", "held_out_loss"]
 BRANCH += ["utilisation", "changed_fraction"]
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """A manifest's number; NaN where it holds none."""
     return math.nan if value is None else float(value)
 
@@ -71,7 +69,7 @@ def _kind(run: dict[str, dict], model: str) -> str:
     return "mixture" if len(_model_domains(run, model)) > 1 else "branch"
 
 
-def _models(run: dict[str, dict], stage: str) -> list[tuple[str, str, str]]:
+def models(run: dict[str, dict], stage: str) -> list[tuple[str, str, str]]:
     """(model, its kind, variant) of every finished variant of evaluation or stress, in the order they are shown.
 
     Where two variants share one model (another sampling, say), the later ones are named `model@variant`.
@@ -91,7 +89,7 @@ def benchmark_rows(run: dict[str, dict], split: str = "test") -> list[tuple[dict
     A benchmark that is not in the table of datasets counts as a test.
     """
     rows = []
-    for model, kind, variant in _models(run, "evaluation"):
+    for model, kind, variant in models(run, "evaluation"):
         benchmarks = run[f"evaluation/{variant}"]["metrics"]["benchmarks"]
         in_order = sorted(benchmarks.items(), key=lambda item: (ORDER.index(item[1]["domain"]), item[0]))
         for name, facts in in_order:
@@ -118,7 +116,7 @@ def accuracy_frame(run_dir: Path, confidence: float = 0.95, split: str = "test")
     """One row per model x benchmark of a split, columns ACCURACY; `output_tokens` is the mean of a completion."""
     rows = []
     for columns, _, facts in benchmark_rows(completed(run_dir), split):
-        n_problems, stderr = facts["n_problems"], _number(facts["stderr"])
+        n_problems, stderr = facts["n_problems"], number(facts["stderr"])
         estimate = Estimate(facts["pass_at_1"], stderr, n_problems, n_problems * facts["n_samples"])
         rows.append(columns | facts | estimate_columns(estimate, confidence, rate_interval))
     return pd.DataFrame(rows, columns=ACCURACY)
@@ -241,19 +239,6 @@ def token_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
             facts |= {"truncation_rate": sum(score.truncated for score in scores) / len(scores)}
             rows.append(columns | facts | estimate_columns(mean, confidence))
     return pd.DataFrame(rows, columns=TOKENS)
-
-
-def stress_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
-    """Accuracy under each change minus accuracy on the unchanged problems, paired, per model; columns STRESS."""
-    run, rows = completed(run_dir), []
-    for model, kind, variant in _models(run, "stress"):
-        metrics = run[f"stress/{variant}"]["metrics"]
-        for change, facts in sorted(metrics["changes"].items(), key=lambda item: looks.order(item[0])):
-            columns = {"origin": looks.THIS_RUN, "model": model, "kind": kind, "benchmark": metrics["benchmark"]}
-            n_problems = facts["n_problems"]
-            estimate = Estimate(facts["difference"], _number(facts["stderr"]), n_problems, n_problems)
-            rows.append(columns | {"change": change} | facts | estimate_columns(estimate, confidence))
-    return pd.DataFrame(rows, columns=STRESS)
 
 
 def funnel_frame(run_dir: Path) -> pd.DataFrame:

@@ -5,10 +5,11 @@ math-verify's time-out.
 """
 
 import re
+import unicodedata
 
 from tinyr1_utils.expressions import number_value, same_expression, unwrapped
 from tinyr1_utils.math_workers import GraderError
-from tinyr1_utils.records import LETTERS, Problem, Verdict
+from tinyr1_utils.records import LETTERS, TRUTHS, Problem, Verdict
 
 LAST_NUMBER = re.compile(
     r"(?:(?<![\w)\]}.])-)?\$?(?<![\w.])(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?(?:[eE][+-]?\d+)?"
@@ -21,7 +22,7 @@ PHRASE_LETTER = re.compile(
 PHRASE_START = re.compile(PHRASE)
 FORMULA = re.compile(r"\$([^$\n]+)\$|\\\(((?:[^\\\n]|\\[^()\[\]\n])+)\\\)|\\\[((?:[^\\]|\\[^()\[\]])+)\\\]")
 SENTENCE_END = re.compile(r"\.\s+(?=[A-Z])|(?<!\s),?\s+(?:because|since|as|which)\b")
-PHRASE_TRUTH = re.compile(PHRASE + r"\(?(true|false)\b", re.IGNORECASE)
+PHRASE_TRUTH = {kind: re.compile(PHRASE + rf"\(?({yes}|{no})\b", re.IGNORECASE) for kind, (yes, no) in TRUTHS.items()}
 # "Answer: A train ..." is no letter, "the answer is A because ..." is one.
 SENTENCE = re.compile(r"\s+(?!(?:because|since|as|which|for|in|is|with)\b)[a-z]|\s*(?:or|and|,|/)\s*[A-J]\b")
 BETWEEN_BOXES = re.compile(r"[\s$]*(?:,|;|,?\s*(?:and|or)\b)[\s$]*")
@@ -103,15 +104,32 @@ def extract_letter(text: str, n_options: int) -> str | None:
     return letter if letter and letter in LETTERS[:n_options] else None
 
 
-def extract_true_false(text: str) -> bool | None:
-    """True or False from the final answer: a box, "answer is true", or a last line of only that word; else None."""
+def extract_truth(text: str, kind: str = "true_false") -> str | None:
+    """True or False (Yes or No) from the final answer: a box, "answer is true", or a last line of only that word."""
     final = final_text(text)
-    places = [unwrapped(last_boxed(final) or ""), *PHRASE_TRUTH.findall(final)[-1:], _last_line(final)]
+    places = [unwrapped(last_boxed(final) or ""), *PHRASE_TRUTH[kind].findall(final)[-1:], _last_line(final)]
     for place in places:
-        match = re.fullmatch(r"\W*(true|false)\W*", place, re.IGNORECASE)
-        if match:
-            return match[1].lower() == "true"
+        word = re.sub(r"^\W+|\W+$", "", place).capitalize()
+        if word in TRUTHS[kind]:
+            return word
     return None
+
+
+def plain_words(text: str) -> str:
+    """A short answer as it is compared: lower case, no articles, punctuation or plural s, one blank between words."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
+    kept = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(word[:-1] if len(word) > 3 and word.endswith("s") else word for word in kept)
+
+
+def grade_words(completion: str, reference: str) -> Verdict:
+    """The verdict on an open answer in words: `plain_words` of a box, or of "answer is ...", equals the reference's.
+
+    A synonym counts as wrong: the measure is one of change between models and forms, no absolute one.
+    """
+    final = final_text(completion)
+    extracted = _boxed_or_marked(final) or _stated(final)
+    return _verdict(extracted, extracted is not None and plain_words(unwrapped(extracted)) == plain_words(reference))
 
 
 def _stated(final: str) -> str | None:
@@ -224,10 +242,11 @@ def grade_text(problem: Problem, text: str) -> Verdict:
     if kind == "choice":
         letter = extract_letter(text, len(problem.options))
         return _verdict(letter, letter == reference.upper())
-    if kind == "true_false":
-        truth = extract_true_false(text)
-        extracted = None if truth is None else str(truth)
-        return _verdict(extracted, extracted == reference.capitalize())
+    if kind in TRUTHS:
+        truth = extract_truth(text, kind)
+        return _verdict(truth, truth == reference.capitalize())
+    if kind == "text":
+        return grade_words(text, reference)
     if kind == "code":
         raise ValueError(f"problem {problem.id}: answer_kind {kind!r} is graded by the sandbox, not as text")
     if kind == "number" and number_value(reference) is None:

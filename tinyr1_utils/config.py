@@ -268,6 +268,9 @@ class MergeParameters(StageParameters):
         return tuple(f"sft/{branch}" for branch in names(self.merge_order))
 
 
+SCORINGS = ("generated", "letter", "sum", "mean")
+
+
 class GenerationParameters(StageParameters):
     """What evaluation and stress test share: a model, how it is sampled, and how its answers are graded."""
 
@@ -281,7 +284,6 @@ class GenerationParameters(StageParameters):
     limit: NonNegative
     protocol: Literal["default", "tinyr1"] = "default"
     template_override: str = ""
-    choice_scoring: Literal["generated", "log_likelihood"] = "generated"
     n_samples: NonNegative
     temperature: Annotated[float, Field(ge=0)]
     top_p: Annotated[float, Field(gt=0, le=1)]
@@ -318,12 +320,15 @@ class GenerationParameters(StageParameters):
             )
         if "@" in self.endpoint_url:
             raise ValueError("endpoint_url holds a user or a password: leave it out and put a key into OPENAI_API_KEY")
-        if self.choice_scoring == "log_likelihood" and self.backend == "endpoint":
-            raise ValueError("an endpoint gives no log-likelihoods of options: choose backend vllm or transformers")
         return self
 
     def upstream(self) -> tuple[str, ...]:
         return () if self.model == BACKBONE else (self.model,)
+
+
+def _refuse_endpoint(parameters: GenerationParameters) -> None:
+    if parameters.backend == "endpoint":
+        raise ValueError("an endpoint gives no log-likelihoods of options: choose backend vllm or transformers")
 
 
 class EvaluationParameters(GenerationParameters):
@@ -332,17 +337,46 @@ class EvaluationParameters(GenerationParameters):
     stage: ClassVar[str] = "evaluation"
     resumable: ClassVar[frozenset[str]] = GenerationParameters.resumable | {"benchmarks"}  # each one's data is an input
     notebook: ClassVar[str] = "04_evaluation"
+    choice_scoring: Literal["generated", "log_likelihood"] = "generated"
     benchmarks: str
+
+    @model_validator(mode="after")
+    def likelihoods_are_to_be_had(self) -> "EvaluationParameters":
+        if self.choice_scoring != "generated":
+            _refuse_endpoint(self)
+        return self
 
 
 class StressParameters(GenerationParameters):
-    """Notebook 05: one model on one multiple-choice benchmark under content-preserving changes."""
+    """Notebook 05: one model on one benchmark under content-preserving changes.
+
+    `scorings` are how an answer is found: generated, letter, sum, mean (see `stress.likelihood_scores`).
+    """
 
     stage: ClassVar[str] = "stress"
+    not_facts: ClassVar[frozenset[str]] = GenerationParameters.not_facts | {"paraphraser_url"}
+    resumable: ClassVar[frozenset[str]] = GenerationParameters.resumable | {"changes", "scorings"}
     notebook: ClassVar[str] = "05_stress_test"
     benchmark: str
     changes: str
-    length_ratio: Annotated[float, Field(gt=1)]
+    scorings: str = "generated"
+    shots: NonNegative = 0
+    paraphraser_url: str = ""
+    paraphraser_model: str = ""
+
+    @field_validator("scorings")
+    @classmethod
+    def scorings_are_known(cls, scorings: str) -> str:
+        for name in names(scorings) or [""]:
+            if name not in SCORINGS:
+                raise ValueError(f"unknown scoring {name!r}{nearest(name, SCORINGS)}; one of {', '.join(SCORINGS)}")
+        return scorings
+
+    @model_validator(mode="after")
+    def likelihoods_are_to_be_had(self) -> "StressParameters":
+        if set(names(self.scorings)) != {SCORINGS[0]}:
+            _refuse_endpoint(self)
+        return self
 
 
 class AnalysisParameters(StageParameters):

@@ -15,12 +15,12 @@ from tinyr1_utils import lm_eval_harness, sandbox
 from tinyr1_utils.answers import extract_code, grade_text
 from tinyr1_utils.artifacts import Stage, load_manifest, output_folder, sha256_folder
 from tinyr1_utils.backbones import check_model_folder, resolve_backbone
-from tinyr1_utils.chat_templates import load_tokenizer, template_facts
+from tinyr1_utils.chat_templates import load_tokenizer, template_facts, template_text
 from tinyr1_utils.config import BACKBONE, GenerationParameters, from_root
 from tinyr1_utils.endpoints import endpoint_model
-from tinyr1_utils.engines import Engine
+from tinyr1_utils.engines import Engine, Request
 from tinyr1_utils.generation import sample, start_engine
-from tinyr1_utils.likelihood import likelihood_engine
+from tinyr1_utils.likelihood import Query, labels_of, letter_query, likelihood_engine
 from tinyr1_utils.metrics import Estimate, clustered_mean, rate_interval, samples_needed
 from tinyr1_utils.prompts import shown
 from tinyr1_utils.records import Completion, Problem, Score, write_records
@@ -98,15 +98,20 @@ def lazy_engine(
 ) -> Callable[[], Engine]:
     """A function that starts the model's engine at its first call and returns the same one ever after.
 
-    Raises ValueError where the options of a problem without options are to be scored by their log-likelihood.
+    Raises ValueError where a problem without options is to be scored by their letters' log-likelihood.
     """
     if parameters.choice_scoring == "generated":
         return functools.cache(lambda: start_engine(folder, parameters))
-    options = {problem.id: len(problem.options) for problem in problems}
-    for identifier, number in options.items():
-        if number < 2:
-            raise ValueError(f"problem {identifier} has no options, which choice_scoring 'log_likelihood' needs")
-    return functools.cache(lambda: likelihood_engine(folder, parameters, options))
+    asked = {problem.id: problem for problem in problems}
+    for problem in asked.values():
+        labels_of(problem)
+
+    def query(request: Request) -> Query:
+        # From the request's own messages: options may stand in another order in each sample.
+        tokenizer = load_tokenizer(folder, template_text(parameters.template_override, parameters.backbone))
+        return letter_query(tokenizer, request.messages, asked[request.problem_id])
+
+    return functools.cache(lambda: likelihood_engine(folder, parameters, query))
 
 
 def _score(completion: Completion, correct: bool, verdict: str, extracted: str) -> Score:

@@ -2,7 +2,7 @@
 
 Reads no run and computes no statistic. Every figure is 7 in wide (text width) in the style of tinyr1.mplstyle;
 labels, colours and markers come from `looks`. Panels of reported numbers are shaded, their markers hollow. The
-figures of merging are in `merge_figures`.
+figures of merging are in `merge_figures`, those of the stress test in `stress_figures`.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from tinyr1_utils import looks, merge_figures
+from tinyr1_utils import looks, merge_figures, stress_figures
 from tinyr1_utils.plotting import REPORTED_FACE, TEXT_WIDTH_IN, dots, marker_size, note, panels, styled
 from tinyr1_utils.records import atomic_path
 
@@ -48,19 +48,6 @@ def merge_recipes(frame: pd.DataFrame) -> Figure:
         dots(axes, positions, part, "difference", "model", reported)
 
     return panels(frame, "benchmark", "model", "minus own branch (points)", "model", draw)
-
-
-@styled
-def stress_drops(frame: pd.DataFrame) -> Figure:
-    """Accuracy under each change minus the unchanged benchmark, a panel per model. Frame: `stress_frame` (+ rows)."""
-    if frame.empty:
-        return note("stress test: none is finished")
-
-    def draw(axes, positions, part, reported):
-        axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
-        dots(axes, positions, part, "difference", "change", reported)
-
-    return panels(frame, "model", "change", "changed − unchanged (points)", "change", draw, share_x=True)
 
 
 @styled
@@ -148,11 +135,11 @@ def loss_curves(frame: pd.DataFrame) -> Figure:
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     function.__name__: function
     for function in (
-        accuracy_by_model, merge_recipes, curation_funnel, loss_curves, token_lengths, stress_drops,
+        accuracy_by_model, merge_recipes, curation_funnel, loss_curves, token_lengths,
         merge_figures.merge_choices, merge_figures.accuracy_by_kept_fraction, merge_figures.kept_overlap,
         merge_figures.kept_by_layer, merge_figures.delta_cosines,
     )
-}  # fmt: skip
+} | stress_figures.FIGURES  # fmt: skip
 
 
 def read_frame(path: Path) -> pd.DataFrame:

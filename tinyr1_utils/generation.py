@@ -51,11 +51,24 @@ def rendered(tokenizer, messages: Sequence[dict[str, str]], limit: int, problem_
     return ids, "<think>\n" if text.rstrip().endswith("<think>") else ""
 
 
+Turns = list[dict[str, str]]
+
+
+def no_turns(problem: Problem) -> Turns:
+    """Zero-shot: nothing is said before the problem."""
+    return []
+
+
 def requests(
-    problems: Sequence[Problem], tokenizer, parameters: GenerationParameters, sample_indices: Sequence[int] = ()
+    problems: Sequence[Problem],
+    tokenizer,
+    parameters: GenerationParameters,
+    sample_indices: Sequence[int] = (),
+    earlier: Callable[[Problem], Turns] = no_turns,
 ) -> list[Request]:
     """Every (problem, sample) in order: of each problem all samples, or those of `sample_indices`.
 
+    `earlier` gives the turns that stand before a problem's own, as of a few-shot prompt, behind any system turn.
     Without a tokenizer the prompts are left to the server that renders them.
 
     Raises ValueError for a prompt that leaves no room for an answer or that the chat template refuses.
@@ -64,7 +77,8 @@ def requests(
     for problem in problems:
         prompts: dict[tuple[str, ...], tuple[list[int], str]] = {}  # the samples of a problem mostly share theirs
         for index in sample_indices or range(parameters.n_samples):
-            messages = tuple(chat(shown(problem, parameters.seed, index), parameters.protocol))
+            *system, user = chat(shown(problem, parameters.seed, index), parameters.protocol)
+            messages = (*system, *earlier(problem), user)
             text = tuple(message["content"] for message in messages)
             if tokenizer is not None and text not in prompts:
                 prompts[text] = rendered(tokenizer, messages, parameters.max_seq_tokens, problem.id)
@@ -168,10 +182,8 @@ class _Progress:
             return
         self.told, seconds = now, now - self.started
         left = (self.total - self.done) * seconds / (self.done - self.before)
-        self.tell(
-            f"{self.name}: {self.done} of {self.total} completions  {self.tokens / seconds:,.0f} tokens/s  "
-            f"{left:.0f} s left"
-        )
+        rate = f"{self.tokens / seconds:,.0f} tokens/s  " if self.tokens else ""  # none of log-likelihoods
+        self.tell(f"{self.name}: {self.done} of {self.total} completions  {rate}{left:.0f} s left")
 
 
 def sample(
@@ -182,6 +194,7 @@ def sample(
     engine: Callable[[], Engine],
     on_progress: Callable[[str], None] = print,
     on_chunk: Callable[[list[Completion]], None] = lambda completions: None,
+    earlier: Callable[[Problem], Turns] = no_turns,
 ) -> list[Completion]:
     """Draw every completion that `path` does not hold yet, append it, and return all in order.
 
@@ -190,7 +203,7 @@ def sample(
     """
     template = template_text(parameters.template_override, parameters.backbone)
     tokenizer = None if parameters.backend == "endpoint" else load_tokenizer(model, template)
-    wanted, file = requests(problems, tokenizer, parameters), CompletionsFile(path)
+    wanted, file = requests(problems, tokenizer, parameters, earlier=earlier), CompletionsFile(path)
     completions = draw_into(file, wanted, parameters, engine, on_progress, on_chunk)
     file.settle(wanted)
     return completions

@@ -3,6 +3,7 @@
 Does not draw and does not know which of them a run holds.
 """
 
+import re
 from dataclasses import dataclass
 
 KINDS = ("backbone", "branch", "mixture", "merged model")
@@ -18,6 +19,7 @@ class Look:
     marker: str
 
 
+_CHANGE = re.compile(r"(?P<name>\w+)(?=[:@])(?::(?P<manner>\w+))?(?:@(?P<ratio>[\d.]+))?")
 UNKNOWN = Look("", "#6B6B6B", "h")
 
 # Hues of seaborn's colour-blind palette, the light ones darkened so that they hold on white paper.
@@ -42,11 +44,28 @@ LOOKS: dict[str, Look] = {
     "exact_bfloat16": Look("exact, bfloat16 branches", "#C27500", "^"),
     "mergekit_float32": Look("mergekit, float32", "#5B3A8E", "*"),
     "mergekit_bfloat16": Look("mergekit, bfloat16", "#1A1A1A", "X"),
+    "generated": Look("generated", "#0173B2", "o"),
+    "letter": Look("log-likelihood of the letter", "#C27500", "^"),
+    "sum": Look("log-likelihood of the text", "#029E73", "v"),
+    "mean": Look("the same per byte", "#A85AA0", "D"),
+    "original": Look("unchanged", "#4D4D4D", "s"),
     "longer_right": Look("right option longer", "#0173B2", "o"),
     "longer_wrong": Look("wrong options longer", "#C27500", "^"),
+    "longer_one": Look("one wrong option longer", "#A85AA0", "D"),
+    "longer_all": Look("all options longer", "#4D4D4D", "s"),
+    "shorter_right": Look("right option shorter", "#2F8FC4", "X"),
+    "shorter_wrong": Look("wrong options shorter", "#8C6239", ">"),
     "true_false": Look("true / false statements", "#029E73", "v"),
+    "yes_no": Look("yes / no questions", "#029E73", "v"),
+    "four_way": Look("choice of four", "#029E73", "v"),
+    "open": Look("open question", "#029E73", "v"),
+    "distractor": Look("one more wrong option", "#029E73", "v"),
+    "none_added": Look("none of the others, added", "#029E73", "v"),
+    "none_right": Look("none of the others, right", "#029E73", "v"),
     "problem_type": Look("problem type", "#029E73", "v"),
     "nouns": Look("nouns replaced", "#A85AA0", "P"),
+    "right_first": Look("right option first", "#7A7A7A", "<"),
+    "right_last": Look("right option last", "#7A7A7A", ">"),
     "all_changes": Look("all three kinds", "#4D4D4D", "s"),
 }
 
@@ -71,8 +90,9 @@ REPORTED_DOMAINS = {"AIME24": "math", "LiveCodeBench": "code", "GPQA-Diamond": "
 
 
 def look(name: str) -> Look:
-    """The look of a model (`backbone`, `sft/<branch>`, `merge/<variant>`), a reported model, a domain or a change.
+    """The look of a model (`backbone`, `sft/<branch>`, `merge/<variant>`), a reported model, a domain, a change.
 
+    A change's label, such as `longer_right:elaboration@4`, has the look of its name and says its manner and ratio.
     A merged model whose variant begins with a recipe's name takes that recipe's colour and marker and its own label;
     an unknown name is grey under its own name.
     """
@@ -80,6 +100,12 @@ def look(name: str) -> Look:
         label, twin = REPORTED_MODELS[name]
         base = look(twin) if twin else UNKNOWN
         return Look(label, base.colour, base.marker)
+    change = _CHANGE.fullmatch(name)
+    if change and change["name"] in LOOKS:
+        base, manner = LOOKS[change["name"]], change["manner"]
+        said = [base.label, *([manner] if manner and manner not in ("neutral", "latin") else [])]
+        times = f" ×{change['ratio']}" if change["ratio"] else ""
+        return Look(", ".join(said) + times, base.colour, base.marker)
     stage, _, variant = name.rpartition("/")
     if variant in LOOKS:
         known = LOOKS[variant]

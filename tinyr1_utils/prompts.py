@@ -12,6 +12,8 @@ INSTRUCTIONS = {
     "expression": "Reason step by step and put the final answer in \\boxed{}.",
     "choice": "Reason step by step and put the letter of the right option in \\boxed{}.",
     "true_false": "Reason step by step and put True or False in \\boxed{}.",
+    "yes_no": "Reason step by step and put Yes or No in \\boxed{}.",
+    "text": "Reason step by step and put the answer, in as few words as it takes, in \\boxed{}.",
     "code": "Reason step by step and put the final program in one Python code block.",
 }
 

@@ -13,7 +13,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 DOMAINS = ("math", "code", "science")
 GENERAL = "general"  # of benchmarks that no branch is trained for
 LETTERS = "ABCDEFGHIJ"
-ANSWER_KINDS = ("number", "expression", "choice", "true_false", "code")
+TRUTHS = {"true_false": ("True", "False"), "yes_no": ("Yes", "No")}  # answer kind -> its two answers
+ANSWER_KINDS = ("number", "expression", "choice", "true_false", "yes_no", "text", "code")
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def stress_rows() -> list[dict]:
         row = frame.loc[f"difference_{change}_points"]
         found.append((row, change, row["value"] / 100, {}))
     return [
-        {"origin": looks.REPORTED, "model": row["model"], "kind": "", "benchmark": row["benchmark"]}
+        {"origin": looks.REPORTED, "model": row["model"], "kind": "", "benchmark": row["benchmark"], "scoring": ""}
         | {"change": change, "difference": difference}
         | facts
         for row, change, difference, facts in found

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from tinyr1_utils import looks
 from tinyr1_utils.plotting import styled
+from tinyr1_utils.stress_figures import by_scoring, legend_of_scorings
 
 COLUMN_WIDTH_IN = 3.4
 TRAINING = ["step", "loss", "held_out_loss", "learning_rate", "grad_norm", "tokens_per_s"]
@@ -92,8 +93,12 @@ def pass_at_1(frame: pd.DataFrame) -> Figure:
 
 @styled
 def stress_differences(frame: pd.DataFrame) -> Figure:
-    """Accuracy after a change minus before, with 95 % intervals. Frame: `stress.comparison_frame`."""
-    names = frame["change"].map(lambda name: looks.look(name).label)
-    figure = _intervals(frame, names, "difference", "accuracy after the change - before, 95 % interval")
-    figure.axes[0].axvline(0, color="black", linestyle="--", linewidth=0.8)
+    """Accuracy after a change minus before in points, with intervals, by scoring. Frame: `comparison_frame`."""
+    changes = list(dict.fromkeys(frame["change"]))
+    figure, axes = _axes(0.22 * len(changes) + 0.7)
+    by_scoring(axes, [changes.index(change) for change in frame["change"]], frame, "difference", reported=False)
+    axes.axvline(0, color="black", linestyle="--", linewidth=0.8)
+    axes.set_yticks(range(len(changes)), [looks.look(change).label for change in changes])
+    axes.set(xlabel="accuracy after the change - before (points)", ylabel="change", ylim=(len(changes) - 0.4, -0.6))
+    legend_of_scorings(figure, frame["scoring"])
     return figure

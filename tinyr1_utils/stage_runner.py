@@ -24,6 +24,7 @@ from tinyr1_utils.config import (
     GenerationParameters,
     RunConfig,
     StageParameters,
+    StressParameters,
     load_config,
     names,
     nearest,
@@ -158,13 +159,11 @@ def snakemake_command(arguments: argparse.Namespace, config: RunConfig) -> list[
 
 
 def check_benchmarks(where: str, parameters: GenerationParameters, chosen: str) -> None:
-    """ValueError for an unknown benchmark, or one that the protocol or the scoring of choices can not ask."""
+    """ValueError for an unknown benchmark, or one that the protocol can not ask."""
     from tinyr1_utils.sources import parse_benchmarks, source_named
 
     for name in parse_benchmarks(chosen):
         kind = source_named(name).answer_kind
-        if parameters.choice_scoring == "log_likelihood" and kind != "choice":
-            raise ValueError(f"{where}: {name} has no options, which choice_scoring 'log_likelihood' needs")
         if parameters.protocol == "tinyr1" and kind == "code" and not name.startswith("livecodebench"):
             raise ValueError(f"{where}: the public scripts have no prompt for {name}; use protocol 'default'")
 
@@ -172,7 +171,6 @@ def check_benchmarks(where: str, parameters: GenerationParameters, chosen: str) 
 def check_names(config: RunConfig) -> None:
     """ValueError for a dataset, recipe, benchmark or change that no table knows, before anything runs."""
     from tinyr1_utils import curation_scan
-    from tinyr1_utils.perturbations import CHANGES
     from tinyr1_utils.recipes import read_settings
     from tinyr1_utils.sources import parse_benchmarks, source_named
 
@@ -193,17 +191,40 @@ def check_names(config: RunConfig) -> None:
         read_settings(parameters.recipe, parameters.settings)
     for variant in config.evaluation.variants:
         parameters = stage_parameters(config, "evaluation", variant)
-        check_benchmarks(f"evaluation.variants.{variant}", parameters, parameters.benchmarks)
+        where = f"evaluation.variants.{variant}"
+        check_benchmarks(where, parameters, parameters.benchmarks)
+        for name in parse_benchmarks(parameters.benchmarks):
+            if parameters.choice_scoring == "log_likelihood" and source_named(name).answer_kind != "choice":
+                raise ValueError(f"{where}: {name} has no options, which choice_scoring 'log_likelihood' needs")
     for variant in config.stress.variants:
-        parameters = stage_parameters(config, "stress", variant)
-        if len(parse_benchmarks(parameters.benchmark)) != 1:
-            raise ValueError(f"stress.variants.{variant}: name one benchmark, not {parameters.benchmark!r}")
-        check_benchmarks(f"stress.variants.{variant}", parameters, parameters.benchmark)
-        if parameters.protocol == "tinyr1" and "true_false" in names(parameters.changes):
-            raise ValueError(f"stress.variants.{variant}: protocol 'tinyr1' has no prompt for change 'true_false'")
-        for change in names(parameters.changes):
-            if change not in CHANGES:
-                raise ValueError(f"stress.variants.{variant}: unknown change {change!r}{nearest(change, CHANGES)}")
+        _check_stress(f"stress.variants.{variant}", stage_parameters(config, "stress", variant))
+
+
+def _check_stress(where: str, parameters: StressParameters) -> None:
+    """ValueError for what a stress test can not ask: see `check_names`."""
+    from tinyr1_utils.perturbations import CHANGES, PARAPHRASE, parse_changes
+    from tinyr1_utils.sources import parse_benchmarks, source_named
+
+    if len(parse_benchmarks(parameters.benchmark)) != 1:
+        raise ValueError(f"{where}: name one benchmark, not {parameters.benchmark!r}")
+    check_benchmarks(where, parameters, parameters.benchmark)
+    (benchmark,) = parse_benchmarks(parameters.benchmark)
+    kind = source_named(benchmark).answer_kind
+    if kind not in ("choice", "number"):
+        raise ValueError(f"{where}: {benchmark} has neither options nor numbers for answers, which a change needs")
+    try:
+        changes = parse_changes(parameters.changes)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    for change in changes:
+        if CHANGES[change.name].needs_options and kind != "choice":
+            raise ValueError(f"{where}: change {change.label!r} needs options, which {benchmark} does not have")
+        if parameters.protocol == "tinyr1" and change.name in ("true_false", "yes_no", "open"):
+            raise ValueError(f"{where}: protocol 'tinyr1' has no prompt for change {change.name!r}")
+        if change.manner == PARAPHRASE and not parameters.paraphraser_url:
+            raise ValueError(f"{where}: change {change.label!r} needs paraphraser_url, an OpenAI-compatible endpoint")
+    if kind != "choice" and set(names(parameters.scorings)) != {"generated"}:
+        raise ValueError(f"{where}: {benchmark} has no options to score: scorings is generated there")
 
 
 def run_all(arguments: argparse.Namespace) -> None:

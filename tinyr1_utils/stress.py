@@ -1,32 +1,57 @@
-"""Owns the Generalization Stress Test of one model: a multiple-choice benchmark, unchanged and under each change.
+"""Owns the Generalization Stress Test of one model: a benchmark unchanged and under each change, in several scorings.
 
 The changes are `perturbations`; scores are compared problem by problem. A change never hides a loss of items: the
 problems that it leaves untouched are counted and left out of both sides of its difference.
 """
 
+import functools
+import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from tinyr1_utils.artifacts import Stage
-from tinyr1_utils.config import StressParameters, names, nearest
-from tinyr1_utils.evaluation import by_problem, grade, lazy_engine, served_folder
-from tinyr1_utils.generation import sample
-from tinyr1_utils.metrics import Estimate, clustered_mean, interval, paired_difference
-from tinyr1_utils.perturbations import CHANGES, check_change, original_id, require_choice
-from tinyr1_utils.records import Problem, Score, write_records
-from tinyr1_utils.sources import parse_benchmarks
+from tinyr1_utils.chat_templates import load_tokenizer, template_text
+from tinyr1_utils.config import StressParameters, names
+from tinyr1_utils.engines import Engine, Request
+from tinyr1_utils.evaluation import grade, served_folder
+from tinyr1_utils.generation import CompletionsFile, draw_into, sample, start_engine
+from tinyr1_utils.likelihood import Query, letter_query, likelihood_engine, option_query, parse_values
+from tinyr1_utils.paraphraser import paraphrases
+from tinyr1_utils.perturbations import (
+    PARAPHRASE,
+    Change,
+    Changed,
+    Materials,
+    changed_type,
+    kind_of,
+    make_changes,
+    parse_changes,
+)
+from tinyr1_utils.problem_type import Pool, require_choice
+from tinyr1_utils.prompts import chat, shown
+from tinyr1_utils.records import LETTERS, TRUTHS, Problem, write_records
+from tinyr1_utils.sources import parse_benchmarks, source_named
+from tinyr1_utils.stress_metrics import MEAN, likelihood_scores, summarise
 
-ORIGINAL = "original"
+GENERATED, LETTER, SUM = "generated", "letter", "sum"
 
 
-def change_names(text: str) -> tuple[str, ...]:
-    """A comma-separated list of changes, each checked against the table."""
-    for name in names(text):
-        if name not in CHANGES:
-            raise ValueError(f"unknown change {name!r}{nearest(name, CHANGES)}; there are: {', '.join(CHANGES)}")
-    return names(text)
+@dataclass(frozen=True)
+class ChangedSet:
+    """What is asked: the problems that can be used, their changed forms by change, and what was left out and why.
+
+    `examples` are the problems that a few-shot prompt shows; they are not among `problems`.
+    """
+
+    problems: list[Problem]
+    changed: dict[str, list[Changed]]
+    refused: list[str]
+    examples: list[Problem]
 
 
 def usable(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
@@ -34,95 +59,177 @@ def usable(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
     good, refused = [], []
     for problem in problems:
         try:
-            require_choice(problem)
+            if problem.answer_kind == "choice":
+                require_choice(problem)
+            if not problem.question.strip():
+                raise ValueError(f"problem {problem.id} has an empty question; drop it or restore its text")
             good.append(problem)
         except ValueError as error:
             refused.append(str(error))
     return good, refused
 
 
-def changed_problems(problems: Sequence[Problem], parameters: StressParameters) -> dict[str, list[Problem]]:
-    """Change -> the changed problems, each proved against its original (see perturbations.check_change)."""
-    table = {}
-    for name in change_names(parameters.changes):
-        table[name] = []
-        for problem in problems:
-            for changed in CHANGES[name](problem, parameters.seed, parameters.length_ratio):
-                check_change(problem, changed)
-                table[name].append(changed)
-    return table
+def change_problems(loaded: Sequence[Problem], parameters: StressParameters, cache: Path, on_line=print) -> ChangedSet:
+    """Every change of every usable problem, each proved against its original.
 
-
-def values_by_original(problems: Sequence[Problem], scores: Sequence[Score]) -> dict[str, list[float]]:
-    """Original problem id -> one value per sample.
-
-    A statement set (true/false) counts by balanced accuracy: half for the true statement, half for the mean of the
-    false ones, so that always answering False gets 0.5 and not three quarters.
+    The first `shots` problems serve as examples and are not asked. Texts of a paraphraser are drawn into `cache`.
+    Raises ValueError where too few problems are left.
     """
-    truth = {problem.id: problem.reference == "True" for problem in problems if problem.answer_kind == "true_false"}
-    if not truth:
-        return {original_id(key): values for key, values in by_problem(scores).items()}
-    sides: dict[tuple[str, int], tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
-    for score in scores:
-        sides[original_id(score.problem_id), score.sample_index][truth[score.problem_id]].append(float(score.correct))
-    grouped: dict[str, list[float]] = defaultdict(list)
-    for (key, _), (false_side, true_side) in sides.items():
-        grouped[key].append((sum(false_side) / len(false_side) + sum(true_side) / len(true_side)) / 2)
-    return dict(grouped)
-
-
-def compare(original: Mapping[str, Sequence[float]], changed: Mapping[str, Sequence[float]]) -> dict[str, float | int]:
-    """Accuracy before and after on the items that were changed, and their paired difference (after - before)."""
-    before = {key: original[key] for key in changed}
-    difference = paired_difference(changed, before)
-    return {
-        "n_problems": difference.n_problems,
-        "untouched": len(original) - len(changed),
-        "accuracy_original": round(clustered_mean(list(before.values())).mean, 6),
-        "accuracy_changed": round(clustered_mean(list(changed.values())).mean, 6),
-        "difference": round(difference.mean, 6),
-        "stderr": round(difference.stderr, 6),
+    good, refused = usable(loaded)
+    examples, problems = good[: parameters.shots], good[parameters.shots :]
+    if not problems:
+        first = f"; {refused[0]}" if refused else ""
+        raise ValueError(f"{parameters.benchmark}: no problem is left to ask of {len(loaded)}{first}")
+    changes = parse_changes(parameters.changes)
+    written = {}
+    if any(change.manner == PARAPHRASE for change in changes):
+        written = paraphrases(problems, changes, parameters, cache, on_line)
+    materials = Materials(parameters.seed, Pool.of(good), written)
+    changed = {
+        change.label: [one for problem in problems for one in make_changes(problem, change, materials)]
+        for change in changes
     }
+    return ChangedSet(problems, changed, refused, examples)
 
 
-def stress(stage: Stage, problems: Sequence[Problem], changed: Mapping[str, Sequence[Problem]], on_line=print) -> dict:
-    """Sample and grade the original and every change; returns the comparison per change for the manifest."""
+def changed_rows(asked: ChangedSet, confidential: bool) -> list[dict]:
+    """What `changed.jsonl` holds of every changed problem: ids, edits, proof; of a confidential benchmark no text."""
+    rows = []
+    for items in asked.changed.values():
+        for item in items:
+            text = "\n".join([item.problem.question, *item.problem.options, item.problem.reference])
+            row = {"id": item.problem.id, "original": item.original, "change": item.change, "proof": item.proof}
+            row["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+            if not confidential:
+                row["edits"] = [[edit.field, edit.start, edit.old, edit.new] for edit in item.edits]
+            rows.append(row)
+    return rows
+
+
+def asked_items(asked: ChangedSet) -> list[Problem]:
+    """Every problem followed by its changed forms: what shares a prompt's beginning stands together."""
+    forms: dict[str, list[Problem]] = defaultdict(list)
+    for items in asked.changed.values():
+        for item in items:
+            forms[item.original].append(item.problem)
+    return [one for problem in asked.problems for one in (problem, *forms[problem.id])]
+
+
+def _example(example: Problem, problem: Problem) -> Problem:
+    """The example in the type of the problem that it stands before; unchanged where it can not be had in that type."""
+    name = changed_type(problem.id)
+    made = make_changes(example, Change(name), Materials()) if name else []
+    # Of several statements any one, always the same of an example.
+    return made[int(hashlib.sha256(example.id.encode()).hexdigest(), 16) % len(made)].problem if made else example
+
+
+def _option_text(problem: Problem) -> str:
+    return problem.options[LETTERS.index(problem.reference)] if problem.options else problem.reference
+
+
+def earlier_turns(examples: Sequence[Problem], problem: Problem, protocol: str) -> list[dict[str, str]]:
+    """The examples as turns before a problem, each with its reference as the answer, in a box."""
+    turns = []
+    for example in (_example(example, problem) for example in examples):
+        answer = f"The answer is \\boxed{{{example.reference}}}."
+        turns += [chat(example, protocol)[-1], {"role": "assistant", "content": answer}]
+    return turns
+
+
+def letter_messages(problem: Problem, examples: Sequence[Problem], protocol: str) -> list[dict[str, str]]:
+    """The conversation that shows the options."""
+    messages = chat(problem, protocol)
+    return [*messages[:-1], *earlier_turns(examples, problem, protocol), messages[-1]]
+
+
+def option_messages(problem: Problem, examples: Sequence[Problem]) -> list[dict[str, str]]:
+    """The conversation that shows the question alone, as for completing it with an option's text."""
+    turns = []
+    for example in (_example(example, problem) for example in examples):
+        turns += [
+            {"role": "user", "content": example.question},
+            {"role": "assistant", "content": f"The answer is: {_option_text(example)}"},
+        ]
+    return [*turns, {"role": "user", "content": problem.question}]
+
+
+def likelihood_queries(tokenizer, items: Sequence[Problem], asked: ChangedSet, parameters: StressParameters, kind: str):
+    """Problem id -> Query of every item whose options can be scored, in the order of the items."""
+    queries: dict[str, Query] = {}
+    for item in (item for item in items if item.options or item.answer_kind in TRUTHS):
+        seen = shown(item, parameters.seed, 0)
+        if kind == LETTER:
+            messages = letter_messages(seen, asked.examples, parameters.protocol)
+            queries[item.id] = letter_query(tokenizer, messages, seen)
+        else:
+            queries[item.id] = option_query(tokenizer, option_messages(seen, asked.examples), seen)
+    return queries
+
+
+def _log_likelihoods(
+    stage: Stage, folder: Path, items: Sequence[Problem], asked: ChangedSet, kind: str, on_line
+) -> dict[str, dict[str, float]]:
+    """Problem id -> label -> log-likelihood in nats; resumed from likelihoods-<kind>.jsonl."""
+    parameters = stage.parameters
+    tokenizer = load_tokenizer(folder, template_text(parameters.template_override, parameters.backbone))
+    queries = likelihood_queries(tokenizer, items, asked, parameters, kind)
+    file = CompletionsFile(stage.path(f"likelihoods-{kind}.jsonl"))
+    wanted = [Request(name, 0, (), [], 0) for name in queries]
+    engine = functools.cache(lambda: likelihood_engine(folder, parameters, lambda request: queries[request.problem_id]))
+    completions = draw_into(file, wanted, parameters, engine, on_line)
+    file.settle(wanted)
+    return {completion.problem_id: parse_values(completion.text) for completion in completions}
+
+
+def stress(stage: Stage, asked: ChangedSet, on_line: Callable[[str], None] = print) -> dict[str, dict]:
+    """Ask the originals and every change in each scoring; returns the metrics per scoring for the manifest.
+
+    Log-likelihoods come before generation, whose engine takes what memory a GPU has left. Writes
+    likelihoods-<letter|option>.jsonl and completions-generated.jsonl (append-only, resumed) and scores-<scoring>.jsonl.
+    """
     (part,) = parse_benchmarks(stage.parameters.benchmark, stage.parameters.limit, stage.parameters.n_samples).values()
     parameters = stage.parameters.model_copy(update={"n_samples": part.n_samples, "limit": part.limit})
-    everything = [problem for items in (problems, *changed.values()) for problem in items]
-    folder = served_folder(parameters)
-    engine = lazy_engine(folder, parameters, everything)
-    values = {}
-    for name, items in {ORIGINAL: problems, **changed}.items():
-        if not items:
-            on_line(f"{name}: no problem could be changed")
-            continue
-        path = stage.path(f"completions-{name}.jsonl")
-        scores = grade(items, sample(folder, items, path, parameters, engine, on_line), parameters)
-        write_records(stage.path(f"scores-{name}.jsonl"), scores)
-        values[name] = values_by_original(items, scores)
-    return {name: compare(values[ORIGINAL], values[name]) for name in changed if name in values}
+    items, folder, scores = asked_items(asked), served_folder(parameters), {}
+    wanted = names(parameters.scorings)
+    for kind, scorings in ((LETTER, (LETTER,)), ("option", (SUM, MEAN))):
+        if set(scorings) & set(wanted):
+            values = _log_likelihoods(stage, folder, items, asked, kind, on_line)
+            for scoring in scorings:
+                scores[scoring] = likelihood_scores(items, values, scoring, parameters.seed)
+    if GENERATED in wanted:
+        engine: Callable[[], Engine] = functools.cache(lambda: start_engine(folder, parameters))
+        turns = functools.partial(earlier_turns, asked.examples, protocol=parameters.protocol)
+        path = stage.path("completions-generated.jsonl")
+        completions = sample(folder, items, path, parameters, engine, on_line, earlier=turns)
+        scores[GENERATED] = grade(items, completions, parameters, on_line)
+    metrics = {}
+    for scoring in wanted:
+        write_records(stage.path(f"scores-{scoring}.jsonl"), scores[scoring])
+        metrics[scoring] = summarise(asked.problems, asked.changed, scores[scoring], parameters.seed)
+    return metrics
 
 
-def change_frame(problems: Sequence[Problem], changed: Mapping[str, Sequence[Problem]]) -> pd.DataFrame:
-    """What each change did to the set: columns change, items, touched, length_ratio (of all option text, measured).
+def change_frame(asked: ChangedSet) -> pd.DataFrame:
+    """What each change did: columns change, kind, items, problems, untouched, length_ratio (of the options it is for).
 
-    Shows no text: a benchmark's items may be under a licence that forbids it.
+    `length_ratio` is measured, the mean over the options that changed. Shows no text: a benchmark's items may be under
+    a licence that forbids it.
     """
-    origin, rows = {problem.id: problem for problem in problems}, []
-    for name, items in changed.items():
-        touched = {original_id(item.id) for item in items}
-        before = sum(len("".join(origin[original_id(item.id)].options)) for item in items if item.options)
-        after = sum(len("".join(item.options)) for item in items if item.options)
-        rows.append((name, len(items), len(touched), round(after / before, 2) if before else None))
-    return pd.DataFrame(rows, columns=["change", "items", "touched", "length_ratio"])
+    origin, rows = {problem.id: problem for problem in asked.problems}, []
+    for label, items in asked.changed.items():
+        kind = kind_of(label).kind
+        ratios = []
+        if kind == "length":
+            for item in items:
+                pairs = zip(origin[item.original].options, item.problem.options, strict=True)
+                ratios += [len(new) / len(old) for old, new in pairs if old != new]
+        touched = len({item.original for item in items})
+        ratio = round(float(np.mean(ratios)), 2) if ratios else None
+        rows.append((label, kind, len(items), touched, len(asked.problems) - touched, ratio))
+    return pd.DataFrame(rows, columns=["change", "kind", "items", "problems", "untouched", "length_ratio"])
 
 
-def comparison_frame(metrics: Mapping[str, Mapping], confidence: float = 0.95) -> pd.DataFrame:
-    """The comparisons of one model, a row per change, and the interval of the difference as `low` and `high`."""
-    rows = []
-    for name, facts in metrics.items():
-        n_problems = facts["n_problems"]
-        low, high = interval(Estimate(facts["difference"], facts["stderr"], n_problems, n_problems), confidence)
-        rows.append({"change": name} | dict(facts) | {"low": low, "high": high})
-    return pd.DataFrame(rows)
+def confidential(parameters: StressParameters) -> bool:
+    """Whether the benchmark's text may stand in no file of results."""
+    (name,) = parse_benchmarks(parameters.benchmark)
+    return source_named(name).confidential

@@ -153,19 +153,56 @@ def token_table(tokens: pd.DataFrame) -> pd.DataFrame:
 
 
 def stress_table(stress: pd.DataFrame) -> pd.DataFrame:
-    """One line per model x change: accuracy before and after in percent, paired difference in points [low, high]."""
+    """One line per model, scoring and change: accuracy in percent, paired difference in points [low, high], flips."""
     lines = [
         {
             "origin": r.origin,
             "model": looks.look(r.model).label,
+            "benchmark": r.benchmark or EMPTY,
+            "scoring": looks.look(r.scoring).label if r.scoring and pd.notna(r.scoring) else EMPTY,
             "change": looks.look(r.change).label,
             "unchanged (%)": _percent(r.accuracy_original),
             "changed (%)": _percent(r.accuracy_changed),
             "difference (points)": _points(r),
+            "right to wrong (%)": _percent(r.right_to_wrong),
+            "wrong to right (%)": _percent(r.wrong_to_right),
             "problems": EMPTY if pd.isna(r.n_problems) else f"{r.n_problems:.0f}",
             "untouched": EMPTY if pd.isna(r.untouched) else f"{r.untouched:.0f}",
         }
         for r in stress.itertuples()
+    ]
+    return pd.DataFrame(lines)
+
+
+def robustness_table(robustness: pd.DataFrame) -> pd.DataFrame:
+    """One line per model and scoring: accuracy, accuracy under every change at once, consistency, all in percent."""
+    lines = [
+        {
+            "model": looks.look(r.model).label,
+            "benchmark": r.benchmark,
+            "scoring": looks.look(r.scoring).label,
+            "unchanged (%)": _percent(r.accuracy, r.stderr),
+            "right in every form (%)": _percent(r.robust_accuracy),
+            "same in every form (%)": _percent(r.consistency),
+        }
+        for r in robustness.itertuples()
+    ]
+    return pd.DataFrame(lines)
+
+
+def inheritance_table(inherited: pd.DataFrame) -> pd.DataFrame:
+    """One line per merged model, scoring and change: its drop, its branches' drops, and the excess over their mean."""
+    lines = [
+        {
+            "model": looks.look(r.model).label,
+            "scoring": looks.look(r.scoring).label,
+            "change": looks.look(r.change).label,
+            "drop (points)": f"{100 * r.difference:+.1f}",
+            "branches' drops (points)": f"{100 * r.branches:+.1f} ({100 * r.lowest:+.1f} to {100 * r.highest:+.1f})",
+            "minus their mean (points)": _signed(r.excess, r.low, r.high),
+            "verdict": r.verdict,
+        }
+        for r in inherited.itertuples()
     ]
     return pd.DataFrame(lines)
 

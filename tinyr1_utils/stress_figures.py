@@ -1,0 +1,139 @@
+"""Owns the figures of the stress test: drops per change, accuracy by option length, the longest option.
+
+Frames come from `stress_analysis`; the style and the grid from `plotting`. A scoring has one colour and marker
+everywhere, a change of length one line.
+"""
+
+from collections.abc import Callable, Iterable
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from tinyr1_utils import looks
+from tinyr1_utils.perturbations import split_label
+from tinyr1_utils.plotting import COLUMNS, REPORTED_FACE, TEXT_WIDTH_IN, note, panels, styled
+
+SPREAD = 0.5  # of a row's height, over which the scorings of one change are spread
+
+
+def by_scoring(axes: Axes, positions: list[int], part: pd.DataFrame, value: str, reported: bool) -> None:
+    """One marker per row and scoring with its interval, in percent; scorings of one row stand beneath one another."""
+    scorings = sorted(dict.fromkeys(part["scoring"]), key=looks.order)
+    step = SPREAD / max(1, len(scorings) - 1) if len(scorings) > 1 else 0.0
+    for y, row in zip(positions, part.to_dict("records"), strict=True):
+        look = looks.look(row["scoring"]) if row["scoring"] else looks.UNKNOWN
+        shifted = y + (scorings.index(row["scoring"]) - (len(scorings) - 1) / 2) * step
+        if pd.notna(row["low"]):
+            bounds = [100 * row["low"], 100 * row["high"]]
+            axes.plot(bounds, [shifted, shifted], color=look.colour, linewidth=0.9, solid_capstyle="butt")
+        face = REPORTED_FACE if reported else look.colour
+        axes.plot(100 * row[value], shifted, look.marker, color=look.colour, markerfacecolor=face, markersize=3.2)
+
+
+def legend_of_scorings(figure: Figure, scorings: Iterable[str]) -> None:
+    """The scorings of a figure below it, where there are two or more."""
+    shown = sorted((name for name in dict.fromkeys(scorings) if name), key=looks.order)
+    if len(shown) > 1:
+        handles = [
+            Line2D([], [], color=looks.look(n).colour, marker=looks.look(n).marker, linewidth=0.9, markersize=3.2)
+            for n in shown
+        ]
+        labels = [looks.look(name).label for name in shown]
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(shown))
+
+
+def _largest_doses(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of a change at several length ratios the largest alone; reported rows stay."""
+    own = frame["origin"] == looks.THIS_RUN
+    parts = [split_label(label) if here else (label, "", 0.0) for label, here in zip(frame["change"], own, strict=True)]
+    series = pd.Series([part[:2] for part in parts], index=frame.index)
+    ratio = pd.Series([part[2] for part in parts], index=frame.index)
+    return frame[~own | (ratio == ratio.groupby(series).transform("max"))]
+
+
+@styled
+def stress_drops(frame: pd.DataFrame) -> Figure:
+    """Accuracy under each change minus the unchanged benchmark, a panel per model. Frame: `stress_frame` (+ rows)."""
+    if frame.empty:
+        return note("stress test: none is finished")
+    known = frame if "scoring" in frame else frame.assign(scoring="generated")  # runs published before there were more
+    shown = _largest_doses(known.assign(scoring=known["scoring"].fillna("")))
+
+    def draw(axes, positions, part, reported):
+        axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
+        by_scoring(axes, positions, part, "difference", reported)
+
+    figure = panels(_by_test(shown), "model", "change", "changed − unchanged (points)", "change", draw, share_x=True)
+    legend_of_scorings(figure, shown["scoring"])
+    return figure
+
+
+def _by_test(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with models told apart by benchmark, since a panel is a model on a benchmark."""
+    tests = frame[["model", "benchmark"]].drop_duplicates()
+    if not tests["model"].duplicated().any():
+        return frame
+    several = frame["model"] + " " + frame["benchmark"].fillna("")
+    own = frame["origin"] == looks.THIS_RUN
+    return frame.assign(model=several.where(own, frame["model"]), benchmark=frame["benchmark"].where(~own, ""))
+
+
+@styled
+def longest_options(frame: pd.DataFrame) -> Figure:
+    """How often the longest option is chosen, a panel per model; dashed: by guessing. Frame: `longest_frame`."""
+    if frame.empty:
+        return note("longest option: no stress test of choices is finished")
+
+    def draw(axes, positions, part, reported):
+        chance = 100 * part["longest_chance"].mean()
+        axes.axvline(chance, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
+        by_scoring(axes, positions, part, "longest_rate", reported)
+        axes.set_xlim(0, 100)
+
+    shown = _largest_doses(frame)
+    figure = panels(_by_test(shown), "model", "change", "longest option chosen (%)", "options", draw, share_x=True)
+    legend_of_scorings(figure, shown["scoring"])
+    return figure
+
+
+@styled
+def dose_response(frame: pd.DataFrame) -> Figure:
+    """Accuracy against the length ratio asked for, a panel per model, benchmark and scoring. Frame: `dose_frame`."""
+    if frame.empty:
+        return note("dose response: no change of length is tested")
+    keys = ["model", "benchmark", "scoring"]
+    groups = list(frame.groupby(keys, sort=False))
+    lines = -(-len(groups) // COLUMNS)
+    width = min(COLUMNS, len(groups))
+    figure, grid = plt.subplots(lines, width, squeeze=False, figsize=(TEXT_WIDTH_IN, 1.75 * lines + 0.3), sharey=True)
+    drawn: dict[str, Line2D] = {}
+    for axes, ((model, benchmark, scoring), part) in zip(grid.flat, groups, strict=False):
+        for (change, manner), line in part.groupby(["change", "manner"], sort=False):
+            look, style = looks.look(change), "-" if manner in ("neutral", "") else "--"
+            label = look.label if style == "-" else f"{look.label}, {manner}"
+            (drawn[label],) = axes.plot(
+                line["ratio"], 100 * line["accuracy"], style, marker=look.marker, color=look.colour, markersize=3.2
+            )
+            bounds = 100 * line["low"], 100 * line["high"]
+            axes.fill_between(line["ratio"], *bounds, color=look.colour, alpha=0.12, linewidth=0)
+        axes.set_xscale("log", base=2)
+        ratios = sorted(set(part["ratio"]))
+        axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+        axes.minorticks_off()
+        axes.set_title(f"{looks.look(model).label}, {benchmark}\n{looks.look(scoring).label}", fontsize=6.5)
+        axes.set_xlabel("length of the option (times its own)")
+    for row in grid:
+        row[0].set_ylabel("accuracy (%)")
+    for axes in list(grid.flat)[len(groups) :]:
+        axes.remove()
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(4, len(drawn)))
+    plt.close(figure)
+    return figure
+
+
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    function.__name__: function for function in (stress_drops, dose_response, longest_options)
+}
