@@ -9,7 +9,7 @@ COMPILE := $(VENV)/bin/uv pip compile -q --python-version 3.11 --no-annotate --n
 	--custom-compile-command "make lock" --overrides requirements/overrides.txt $(LOCK_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap run plan test test-slow lab lint format figures publish lm-eval benchmark-curation benchmark-grading \
+.PHONY: help bootstrap run plan status compare test test-slow lab lint format figures publish lm-eval benchmark-curation benchmark-grading \
 	benchmark-merge benchmark-sft lock clean clean-runs
 
 help:
@@ -30,6 +30,12 @@ test: bootstrap lm-eval ## all tests; PYTEST_ARGS="-m 'not slow'" for the quick 
 
 test-slow: bootstrap ## of the tests the slow ones alone, which start real jobs, servers and hosts
 	$(VENV_PYTHON) -m pytest -q tests -m slow $(PYTEST_ARGS)
+
+status: bootstrap ## what of CONFIG is done, stale, running or missing, with its result and its cost, a line each
+	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner status --config $(CONFIG)
+
+compare: bootstrap ## two finished runs, A=run1 B=run2: parameters that differ, scores with paired intervals
+	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner compare $(A) $(B)
 
 lab: bootstrap ## JupyterLab on notebooks/, its kernel this environment; LAB_ARGS=--no-browser
 	$(VENV)/bin/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)

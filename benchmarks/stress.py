@@ -1,6 +1,9 @@
-"""The stress test's cost: scoring by log-likelihood with every shared prefix computed once, beside plain rows.
+"""The stress test's cost: making changes, and scoring with every shared prefix computed once beside plain rows.
 
     .venv/bin/python benchmarks/stress.py --data-root DATA
+
+Part `changes`: every rule-based change of every problem of three benchmarks, with its proof, on one core; the fastest
+of five passes. `made_per_s` are changed problems, `tried_per_s` problems looked at: nouns leave most untouched.
 
 Part `scoring`: ARC-Challenge items, each as it is and with its right or its wrong options lengthened at four ratios, by
 letter and by text, on the micro backbone and on SmolLM2-135M in float32. `plain`: the rows of one query (context and
@@ -13,7 +16,6 @@ and model.
 """
 
 import argparse
-import dataclasses
 import itertools
 import os
 import time
@@ -37,31 +39,54 @@ from tinyr1_utils.likelihood import (
     token_trie,
     tokens_of,
 )
+from tinyr1_utils.perturbations import Materials, make_changes, parse_changes
+from tinyr1_utils.problem_type import Pool
 from tinyr1_utils.prompts import chat
-from tinyr1_utils.records import LETTERS, Problem
+from tinyr1_utils.records import Problem
 from tinyr1_utils.sources import load
+from tinyr1_utils.stress import usable
 
 RESULTS = Path(__file__).with_name("stress.csv")
 MODELS = ("models/micro-backbone", "smollm2-135m-instruct")
-RATIOS = (1.5, 2.0, 3.0, 4.0)
-FILLER = ", as it is put in the text of this option"
+LENGTHENED = "longer_right@1.5/2/3/4,longer_wrong@1.5/2/3/4"
+BY_RULE = {
+    "arc-challenge": "longer_right@4,longer_wrong@4,longer_one@4,longer_all@4,longer_right:restatement@4,"
+    "longer_right:elaboration@4,shorter_wrong,true_false,yes_no,distractor,none_added,none_right,nouns,right_last",
+    "mmlu-stem": "longer_right@4,longer_wrong@4,true_false,yes_no,open,distractor,none_added,none_right,nouns",
+    "gsm8k": "four_way,true_false,yes_no,nouns,nouns:han",
+}
+PASSES = 5
 TRIE_TURNS = 5
 APART = 1e-3
 
 
-def lengthened(problem: Problem, ratio: float, right: bool) -> Problem:
-    """The problem with its right option, or all the others, made `ratio` times as long, of no sense."""
-    answer = LETTERS.index(problem.reference)
-    options = tuple(
-        option + (FILLER * 99)[: round((ratio - 1) * len(option))] if (number == answer) == right else option
-        for number, option in enumerate(problem.options)
-    )
-    return dataclasses.replace(problem, options=options)
-
-
 def forms(problem: Problem) -> list[Problem]:
-    """The item as it is, then each ratio with the right and with the wrong options lengthened."""
-    return [problem, *(lengthened(problem, ratio, right) for ratio in RATIOS for right in (True, False))]
+    """The item as it is, then with the right and with the wrong options lengthened at four ratios."""
+    made = [make_changes(problem, change, Materials())[0] for change in parse_changes(LENGTHENED)]
+    return [problem, *(changed.problem for changed in made)]
+
+
+def changes(arguments: argparse.Namespace) -> list[dict]:
+    """A row per benchmark and change, and one of all together."""
+    done = []
+    for name, labels in BY_RULE.items():
+        problems = usable(load(name, arguments.data_root).problems)[0]
+        materials = Materials(0, Pool.of(problems))
+        for change in parse_changes(labels):
+            seconds = []
+            for _ in range(PASSES):
+                started = time.perf_counter()
+                made = sum(len(make_changes(problem, change, materials)) for problem in problems)
+                seconds.append(time.perf_counter() - started)
+            done.append(
+                {"model": name, "what": change.label, "items": made, "tried": len(problems), "seconds": min(seconds)}
+            )
+    done.append(
+        {"model": "all", "what": "all"} | {key: sum(row[key] for row in done) for key in ("items", "tried", "seconds")}
+    )
+    for row in done:
+        row |= {"made_per_s": round(row["items"] / row["seconds"]), "tried_per_s": round(row["tried"] / row["seconds"])}
+    return done
 
 
 def tokenised(tokenizer, problem: Problem) -> list[Tokenised]:
@@ -154,7 +179,7 @@ def scoring(arguments: argparse.Namespace) -> list[dict]:
     return done
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], list[dict]]] = {"scoring": scoring}
+PARTS: dict[str, Callable[[argparse.Namespace], list[dict]]] = {"changes": changes, "scoring": scoring}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ SFT = {"shared": {"max_steps": 8, "save_steps": 2, "per_device_batch_size": 4}}
 SMALL = {"limit": 6, "n_samples": 2, "chunk_size": 6, "max_new_tokens": 48}
 MERGE = {"linear": {"recipe": "linear"}, "exact": {"recipe": "arcee_fusion"}}
 MODELS = {"backbone": "backbone", **{variant: f"merge/{variant}" for variant in MERGE}}
+NUMBERS = {"benchmark": "micro-math", "changes": "four_way,true_false,yes_no", "scorings": "generated"}
 EVALUATION = {"shared": SMALL, "variants": {variant: {"model": model} for variant, model in MODELS.items()}}
 
 
@@ -116,6 +118,36 @@ def test_a_teacher_in_process_writes_the_traces_that_a_file_lacks(project):
     assert "teacher.jsonl" in manifest["outputs"]
 
 
+def status(root: Path, config: Path) -> list[str]:
+    command = [sys.executable, "-m", "tinyr1_utils.stage_runner", "status", "--config", str(config)]
+    told = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stderr
+    return told.stdout.splitlines()
+
+
+def check_status(root: Path, config: Path, count: int) -> None:
+    """All done; then one missing and what was made of it stale; then other parameters."""
+    lines = status(root, config)
+    assert lines[-1] == f"{count} done" and len(lines) == count + 1
+    assert any(re.match(r"done +sft/math  \d+ steps, held-out loss \d.* \d+ s  \d\.\d GiB$", line) for line in lines)
+    manifest = root / "papermill_runs/small/sft/math/manifest.json"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole + b" ")
+    assert any(
+        "stale   merge/linear" in line and line.endswith("sft/math was made again since")
+        for line in status(root, config)
+    )
+    manifest.unlink()
+    assert any(
+        "stale   merge/linear" in line and line.endswith("sft/math is not done") for line in status(root, config)
+    )
+    manifest.write_bytes(whole)
+    other = config.with_name("other.yaml")
+    other.write_text(config.read_text().replace("max_new_tokens: 48", "max_new_tokens: 47"))
+    stale = [line for line in status(root, other) if line.startswith("stale")]
+    assert stale and all(line.endswith("max_new_tokens is 47 now, was 48") for line in stale)
+
+
 def test_whole_pipeline_and_a_second_run_that_does_nothing(project):
     config = write_config(
         project,
@@ -124,18 +156,23 @@ def test_whole_pipeline_and_a_second_run_that_does_nothing(project):
         sft=SFT,
         merge={"shared": {"merge_order": "math,science"}, "variants": MERGE},
         evaluation=EVALUATION,
-        stress={"shared": SMALL, "variants": {"backbone": {"model": "backbone"}}},
+        stress={"shared": SMALL | {"model": "backbone"}, "variants": {"backbone": {}, "numbers": NUMBERS}},
     )
     first = run_all(project, config)
     assert first.returncode == 0, first.stdout[-4000:] + first.stderr[-4000:]
     before = manifests(project, "small")
-    assert len(before) == 3 + 4 + 2 + 3 + 1 + 1
+    assert len(before) == 3 + 4 + 2 + 3 + 2 + 1
+    numbers = json.loads(before["stress/numbers/manifest.json"])["metrics"]["scorings"]["generated"]
+    assert set(numbers["changes"]) == {"four_way", "true_false", "yes_no"}
+    choices = json.loads(before["stress/backbone/manifest.json"])["metrics"]["scorings"]
+    assert set(choices) == {"generated", "mean"} and len(choices["mean"]["changes"]) == 6
     report = project / "papermill_runs/small/analysis/report/report.html"
     assert str(report.relative_to(project)) in first.stdout and report.is_file()
     stamps = {path: path.stat().st_mtime_ns for path in project.glob("papermill_runs/small/*/*/manifest.json")}
     second = run_all(project, config)
     assert second.returncode == 0
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    check_status(project, config, len(before))
     merged = json.loads(before["merge/linear/manifest.json"])
     assert merged["inputs"].keys() == {"backbone", "sft/math", "sft/science"}
     assert json.loads(before["merge/exact/manifest.json"])["metrics"]["degenerate_tensors"] == 0

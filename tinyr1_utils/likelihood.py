@@ -12,11 +12,10 @@ import numpy as np
 
 from tinyr1_utils.config import GenerationParameters
 from tinyr1_utils.engines import Engine, Keep, Request
-from tinyr1_utils.records import LETTERS, Completion, Problem
+from tinyr1_utils.records import LETTERS, TRUTHS, Completion, Problem
 
 OPENING = "The answer is \\boxed{"
 OPTION_OPENING = "The answer is:"
-STATEMENTS = {"true_false": ("True", "False"), "yes_no": ("Yes", "No")}
 # Attention costs nodes x nodes, whatever the mask leaves out: larger tries share more, but attend more in vain. On two
 # cores 512 to 2048 are within a tenth of each other, 256 takes a third to a half longer.
 MAX_NODES = 1024
@@ -36,8 +35,8 @@ class Query:
 
 def labels_of(problem: Problem) -> tuple[str, ...]:
     """What the answers to a problem are called. ValueError where there are no answers to choose from."""
-    if problem.answer_kind in STATEMENTS:
-        return STATEMENTS[problem.answer_kind]
+    if problem.answer_kind in TRUTHS:
+        return TRUTHS[problem.answer_kind]
     if problem.answer_kind != "choice" or len(problem.options) < 2:
         raise ValueError(f"problem {problem.id} has no options, which choice_scoring 'log_likelihood' needs")
     return tuple(LETTERS[: len(problem.options)])

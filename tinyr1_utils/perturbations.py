@@ -6,6 +6,7 @@ built is this project's own design, because the paper's construction is not publ
 """
 
 import dataclasses
+import itertools
 import math
 import random
 import re
@@ -294,11 +295,11 @@ def _fields(problem: Problem) -> dict[str, str]:
 
 def edits(original: Problem, changed: Problem) -> tuple[Edit, ...]:
     """What differs between the two texts, one edit per question and option, without what both begin and end with."""
-    found, before, after = [], _fields(original), _fields(changed)
-    for name in dict.fromkeys([*before, *after]):
-        old, new = before.get(name, ""), after.get(name, "")
+    found, options = [], itertools.zip_longest(original.options, changed.options, fillvalue="")
+    for place, (old, new) in enumerate([(original.question, changed.question), *options]):
         if old == new:
             continue
+        name = f"option {LETTERS[place - 1]}" if place else "question"
         start = shared_start(old, new)
         end = shared_start(old[start:][::-1], new[start:][::-1])
         found.append(Edit(name, start, old[start : len(old) - end], new[start : len(new) - end]))

@@ -184,9 +184,9 @@ def open_question(problem: Problem) -> Problem | None:
 
 @dataclass(frozen=True)
 class Pool:
-    """Wrong options that another problem of the benchmark may borrow, by `stem`, each with the long words around it."""
+    """Wrong options that another problem may borrow, by `stem`: the option, its form, the words around it."""
 
-    by_stem: Mapping[str, Sequence[tuple[str, frozenset[str]]]]
+    by_stem: Mapping[str, Sequence[tuple[str, "Form | None", frozenset[str]]]]
 
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> "Pool":
@@ -197,7 +197,7 @@ class Pool:
             around, kind = long_words(problem), stem(problem.question)
             for letter, option in zip(LETTERS, problem.options, strict=False):
                 if letter != problem.reference:
-                    by_stem[kind].append((option, around))
+                    by_stem[kind].append((option, _form(option), around))
         return cls(dict(by_stem))
 
 
@@ -208,8 +208,16 @@ def stem(question: str) -> str:
     return " ".join(words)
 
 
-def _form(option: str) -> tuple[bool, bool, bool, str]:
-    """The look of an option: a capital, a full stop, more than a phrase, and a first word that sets its grammar."""
+Form = tuple[bool, bool, bool, str]
+
+
+def _form(option: str) -> Form | None:
+    """The look of an option: a capital, a full stop, more than a phrase, and a first word that sets its grammar.
+
+    None where it holds a number or a formula, which would not fit among another problem's options.
+    """
+    if _NO_WORDS.search(option):
+        return None
     words = option.split()
     opens = words[0].lower() if words[0].lower() in _OPENERS else ""
     return option[:1].isupper(), option.rstrip().endswith("."), len(words) > _PHRASE, opens
@@ -248,15 +256,13 @@ def one_more_distractor(problem: Problem, pool: Pool, rng: random.Random) -> Pro
         drawn = [t for t in wrong_numbers(right, set(problem.options), 6, rng) if quantity(t).value not in values]
         return dataclasses.replace(problem, options=(*problem.options, drawn[0])) if drawn else None
     lenders = pool.by_stem.get(stem(problem.question), ())
-    if any(known) or not lenders or any(map(_NO_WORDS.search, problem.options)):
+    forms = set(map(_form, problem.options))
+    if any(known) or not lenders or None in forms:
         return None
     around, taken = long_words(problem), {option.casefold().strip(" .") for option in problem.options}
-    mean, forms = sum(map(len, problem.options)) / len(problem.options), set(map(_form, problem.options))
-    fitting = []
-    for option, words in (lenders[rng.randrange(len(lenders))] for _ in range(_TRIES)):
-        if _NO_WORDS.search(option) or _form(option) not in forms or option.casefold().strip(" .") in taken:
-            continue
-        if not around & words:
+    mean, fitting = sum(map(len, problem.options)) / len(problem.options), []
+    for option, form, words in (lenders[rng.randrange(len(lenders))] for _ in range(_TRIES)):
+        if form in forms and around.isdisjoint(words) and option.casefold().strip(" .") not in taken:
             fitting.append(option)
     if not fitting:
         return None

@@ -266,6 +266,37 @@ def print_where(config: RunConfig, run_dir: Path) -> None:
         )
 
 
+def print_status(arguments: argparse.Namespace) -> None:
+    """What of a config is done, stale, running or missing, with its result and its cost, a line each."""
+    from tinyr1_utils.status import status_frame
+
+    frame = status_frame(load_config(arguments.config, data_root=arguments.data_root))
+    for row in frame.to_dict("records"):
+        told = [f"{row['state']:8}{row['stage']}/{row['variant']}"]
+        if row["state"] in ("done", "stale"):
+            told += [row["result"], f"{row['seconds']:.0f} s", f"{row['peak_gib']:.1f} GiB", row["why"]]
+        print("  ".join(part for part in told if part))
+    print(", ".join(f"{count} {state}" for state, count in frame["state"].value_counts().items()))
+
+
+def print_comparison(arguments: argparse.Namespace) -> None:
+    """How the parameters of two runs differ, and their scores, paired by problem."""
+    from tinyr1_utils.run_comparison import parameter_differences, score_differences
+
+    folders = [project_root() / "papermill_runs" / name for name in (arguments.first, arguments.second)]
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no run {folder.name} in papermill_runs: name two finished runs")
+    for row in parameter_differences(*folders).itertuples():
+        print(f"{row.stage}.{row.parameter}: {row.first or '-'} -> {row.second or '-'}  ({row.variants})")
+    for row in score_differences(*folders).itertuples():
+        points = f"{100 * row.difference:+.1f} [{100 * row.low:+.1f}, {100 * row.high:+.1f}] points"
+        print(
+            f"{row.benchmark:24}{row.variant:24}{100 * row.first:6.1f} -> {100 * row.second:5.1f}  {points}  "
+            f"p {row.p_value:.3f}, {row.n_problems} problems"
+        )
+
+
 def redraw_figures(arguments: argparse.Namespace) -> None:
     """Redraw figures/ from the committed results of the published runs."""
     from tinyr1_utils.figures import redraw_published
@@ -324,9 +355,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     scan.set_defaults(action=scan_shard)
     published = commands.add_parser("publish", help="copy a finished run's small results to papermill_runs/published")
     published.set_defaults(action=publish_run)
-    for command in (everything, stage, scan, published):
+    shown = commands.add_parser("status", help="what of a config is done, stale, running or missing")
+    shown.set_defaults(action=print_status)
+    for command in (everything, stage, scan, published, shown):
         command.add_argument("--config", required=True, help="a YAML file of configs/")
         command.add_argument("--data-root", default="", help="folder with local data files (default: the hub)")
+    compared = commands.add_parser("compare", help="two runs: parameters that differ, scores paired by problem")
+    compared.add_argument("first", help="a folder's name in papermill_runs")
+    compared.add_argument("second")
+    compared.set_defaults(action=print_comparison)
     figures = commands.add_parser("figures", help="redraw figures/ from papermill_runs/published")
     figures.set_defaults(action=redraw_figures)
     return parser.parse_args(argv)

@@ -3,14 +3,17 @@
 Does not read results: see `analysis`. Runs nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import filelock
 import pandas as pd
 
-from tinyr1_utils.artifacts import PROVENANCE, completed, manifest_path, read_json, sha256_file
-from tinyr1_utils.config import STAGES, RunConfig, from_root, load_config, upstream
+from tinyr1_utils.artifacts import LOCK, PROVENANCE, completed, manifest_path, read_json, sha256_file
+from tinyr1_utils.config import STAGES, RunConfig, from_root, load_config, stage_parameters, upstream
 
+STATUS = ["stage", "variant", "state", "why", "result", "seconds", "peak_gib"]
 COST = ["stage", "variant", "seconds", "peak_gib", "devices", "git_commit", "git_dirty"]
 
 
@@ -68,3 +71,75 @@ def missing(run_dir: Path, planned: RunConfig | Iterable[str] | None = None) -> 
     done = completed(run_dir)
     absent = [name for name in wanted if name not in done and not name.startswith("analysis/")]
     return sorted(absent, key=lambda name: list(STAGES).index(name.split("/")[0]))
+
+
+def _stale(config: RunConfig, name: str, manifest: Mapping[str, Any], done: Mapping[str, dict]) -> str:
+    """Why a finished stage is no longer what the config and its inputs say; empty where it still is."""
+    stage, variant = name.split("/", 1)
+    told = stage_parameters(config, stage, variant).facts()
+    had = manifest["parameters"]
+    changed = [key for key in sorted(told.keys() | had.keys()) if told.get(key) != had.get(key)]
+    if changed:
+        return f"{changed[0]} is {told.get(changed[0])!r} now, was {had.get(changed[0])!r}"
+    run_dir = from_root(config.run_dir)
+    for source in (source for source in manifest["inputs"] if source.split("/")[0] in STAGES):
+        if source not in done:
+            return f"{source} is not done"
+        if sha256_file(manifest_path(run_dir, source)) != manifest["inputs"][source]:
+            return f"{source} was made again since"
+    return ""
+
+
+def _running(folder: Path) -> bool:
+    """Whether a process holds the stage's lock."""
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with filelock.FileLock(folder / LOCK, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+
+
+def headline(stage: str, metrics: Mapping[str, Any]) -> str:
+    """A finished stage's result in a few words."""
+    if stage == "curation":
+        return f"{metrics['funnel'][-1]['rows']:,} of {metrics['funnel'][0]['rows']:,} rows"
+    if stage == "sft":
+        return f"{metrics['steps']} steps, held-out loss {metrics['held_out_loss']}"
+    if stage == "merge":
+        return f"{100 * metrics['changed_fraction']:.1f} % of the elements changed"
+    if stage == "evaluation":
+        found = metrics["benchmarks"].items()
+        return ", ".join(f"{name} {100 * facts['pass_at_1']:.1f}" for name, facts in found)
+    if stage == "stress":
+        found = metrics["scorings"].items()
+        return ", ".join(f"{name} {100 * facts['original']['accuracy']:.1f}" for name, facts in found)
+    return f"{len(metrics['missing'])} missing"
+
+
+def status_frame(config: RunConfig) -> pd.DataFrame:
+    """Every stage that a config plans: columns STATUS. `state` is done, stale (with `why`), running or missing.
+
+    Stale: done, but with other parameters than the config's or of inputs that were made again since. Reads manifests
+    alone; nothing is checked against the files that they list.
+    """
+    run_dir, rows = from_root(config.run_dir), []
+    done, costs = completed(run_dir), cost_frame(run_dir).set_index(["stage", "variant"])
+    for stage in STAGES:
+        for variant in getattr(config, stage).variants:
+            name = f"{stage}/{variant}"
+            row = {"stage": stage, "variant": variant, "state": "missing"}
+            if name in done:
+                why = _stale(config, name, done[name], done)
+                cost = costs.loc[(stage, variant)]
+                row |= {
+                    "state": "stale" if why else "done",
+                    "why": why,
+                    "result": headline(stage, done[name]["metrics"]),
+                }
+                row |= {"seconds": cost["seconds"], "peak_gib": cost["peak_gib"]}
+            elif _running(run_dir / name):
+                row["state"] = "running"
+            rows.append(row)
+    return pd.DataFrame(rows, columns=STATUS)

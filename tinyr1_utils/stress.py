@@ -5,6 +5,7 @@ problems that it leaves untouched are counted and left out of both sides of its 
 """
 
 import functools
+import gc
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -178,7 +179,17 @@ def _log_likelihoods(
     engine = functools.cache(lambda: likelihood_engine(folder, parameters, lambda request: queries[request.problem_id]))
     completions = draw_into(file, wanted, parameters, engine, on_line)
     file.settle(wanted)
+    _release_gpus(engine)
     return {completion.problem_id: parse_values(completion.text) for completion in completions}
+
+
+def _release_gpus(engine: Callable[[], Engine]) -> None:
+    """Give the network's memory back, since vLLM takes its share of a GPU only where that much is free."""
+    import torch
+
+    engine.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
 def stress(stage: Stage, asked: ChangedSet, on_line: Callable[[str], None] = print) -> dict[str, dict]:

@@ -29,8 +29,8 @@ def likelihood_scores(
 ) -> list[Score]:
     """One score per item that has values: the likeliest answer, the first of equals, against the reference.
 
-    `sum` takes the log-likelihood of the whole text, `mean` divides it by the text's UTF-8 bytes (lm-evaluation-
-    harness' acc and acc_norm); `letter` is the log-likelihood of the letter, or of True or False.
+    `sum` takes the log-likelihood of the whole text, `mean` divides it by the text's UTF-8 bytes (acc and acc_bytes of
+    lm-evaluation-harness, whose acc_norm divides by characters); `letter` is that of the letter, or of True or False.
     """
     scores = []
     for item in (item for item in items if item.id in values):
