@@ -110,6 +110,7 @@ def evaluation(run: Path, variant: str, model: str, rng: random.Random) -> None:
             "n_samples": N_SAMPLES,
             "pass_at_1": sum(row.correct for row in rows) / len(rows),
             "stderr": 0.04,
+            "samples_for_1_point": 12,
             "truncation_rate": sum(row.truncated for row in rows) / len(rows),
             "output_tokens": sum(row.output_tokens for row in rows) / len(rows),
         }

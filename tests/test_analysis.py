@@ -13,7 +13,7 @@ import papermill
 import pytest
 from scipy import stats
 
-from tinyr1_utils import analysis, looks, metrics, reported, status, stress_analysis, tables
+from tinyr1_utils import analysis, looks, metrics, overview, reported, status, stress_analysis, tables
 from tinyr1_utils.config import load_config
 from tinyr1_utils.records import Score, write_records
 
@@ -145,6 +145,22 @@ def test_frames_of_the_stress_test(run):
     assert set(longest["change"]) == {"original", "longer_right:neutral@4", "longer_wrong:neutral@4"}
     assert ((longest["low"] > 0.2) & (longest["high"] < 0.61)).all()
     assert stress_analysis.robustness_frame(run)["consistency"].eq(0.6).all()
+
+
+def test_what_a_model_costs_and_how_sure_its_scores_are(run):
+    costs = overview.cost_frame(run).set_index("model")
+    assert costs.loc[["backbone", "sft/math", "sft/mixture"], "training_tokens"].to_list() == [0, 180000, 180000]
+    assert (costs.loc[costs["kind"] == "merged model", "training_tokens"] == 3 * 180000).all()
+    accuracy = analysis.accuracy_frame(run).set_index("model")
+    assert costs.loc["sft/math", "pass_at_1"] == pytest.approx(accuracy.loc["sft/math", "pass_at_1"].mean())
+    assert costs.loc["sft/math", "output_tokens"] == pytest.approx(accuracy.loc["sft/math", "output_tokens"].mean())
+    parts = overview.parts_frame(run).set_index("name")
+    assert parts["column"].value_counts().to_dict() == {0: 1, 1: 4, 2: len(fake_run.RECIPES)}
+    assert parts.loc["merge/ties", "source"] == "sft/math,sft/science,sft/code"
+    power = overview.power_frame(run)
+    assert len(power) == 3 * len(fake_run.MODELS) and power["half_width"].eq(1.96 * 0.04).all()
+    shown = tables.power_table(power)
+    assert shown.iloc[0, 1] == "±7.8, 12 (has 4)"
 
 
 def test_what_a_merged_model_inherits_is_paired_by_problem(run):

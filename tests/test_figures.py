@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from tinyr1_utils import analysis, figures, merge_analysis, plotting, reported, stress_analysis, tables
+from tinyr1_utils import analysis, figures, merge_analysis, overview, plotting, reported, stress_analysis, tables
 
 
 def two_fusions(choices):
@@ -26,6 +26,8 @@ def frames(tmp_path_factory):
         "loss_curves": analysis.loss_frame(run),
         "token_lengths": reported.beside(analysis.token_frame(run), reported.token_rows()),
         "stress_drops": reported.beside(stress_analysis.stress_frame(run), reported.stress_rows()),
+        "branch_and_merge": overview.parts_frame(run),
+        "accuracy_by_cost": overview.cost_frame(run),
         "dose_response": stress_analysis.dose_frame(run),
         "longest_options": stress_analysis.longest_frame(run),
         "merge_choices": merge_analysis.choice_frame(run),
@@ -63,10 +65,11 @@ def test_figure_has_labels_and_clips_no_text(frames, name):
     titles = [axes.title if axes.title.get_text() else axes._left_title for axes in figure.axes]
     boxes = [title.get_window_extent() for title in titles]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), f"{name}: titles overlap"
-    panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    drawn = [axes for axes in figure.axes if axes.axison]  # a schematic has none
+    panels = [axes for axes in drawn if axes.get_label() != "<colorbar>"]
     assert all(axes.get_xlabel() for axes in panels)
     assert all(axes.get_ylabel() for axes in panels if axes.get_subplotspec().is_first_col())
-    assert all(axes.get_ylabel() for axes in figure.axes if axes not in panels)
+    assert all(axes.get_ylabel() for axes in drawn if axes not in panels)
     assert figure.get_figwidth() == plotting.TEXT_WIDTH_IN
 
 

@@ -2,7 +2,8 @@
 
 Reads no run and computes no statistic. Every figure is 7 in wide (text width) in the style of tinyr1.mplstyle;
 labels, colours and markers come from `looks`. Panels of reported numbers are shaded, their markers hollow. The
-figures of merging are in `merge_figures`, those of the stress test in `stress_figures`.
+figures of merging are in `merge_figures`, those of the stress test in `stress_figures`, those of a run as a whole in
+`overview_figures`.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from tinyr1_utils import looks, merge_figures, stress_figures
+from tinyr1_utils import looks, merge_figures, overview_figures, stress_figures
 from tinyr1_utils.plotting import REPORTED_FACE, TEXT_WIDTH_IN, dots, marker_size, note, panels, styled
 from tinyr1_utils.records import atomic_path
 
@@ -139,7 +140,7 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
         merge_figures.merge_choices, merge_figures.accuracy_by_kept_fraction, merge_figures.kept_overlap,
         merge_figures.kept_by_layer, merge_figures.delta_cosines,
     )
-} | stress_figures.FIGURES  # fmt: skip
+} | stress_figures.FIGURES | overview_figures.FIGURES  # fmt: skip
 
 
 def read_frame(path: Path) -> pd.DataFrame:

@@ -60,16 +60,26 @@ def _title(record: pd.Series, panel: str) -> str:
 
 
 def panels(
-    frame: pd.DataFrame, panel: str, row: str, xlabel: str, ylabel: str, draw: Callable, *, share_x: bool = False
+    frame: pd.DataFrame,
+    panel: str,
+    row: str,
+    xlabel: str,
+    ylabel: str,
+    draw: Callable,
+    *,
+    share_x: bool = False,
+    row_in: float = ROW_IN,
 ) -> Figure:
     """A grid of panels: `draw(axes, positions, part, reported)` for each value of column `panel`.
 
     Panels of one line share their rows (the values of column `row`); `positions` are the y values of `part`'s rows.
+    A row of this run is `row_in` inches high.
     """
     blocks = _blocks(frame, panel)
     parts = [frame[(frame["origin"] == origin) & frame[panel].isin(panels)] for origin, panels in blocks]
     rows = [list(dict.fromkeys(part[row])) for part in parts]
-    heights = [ROW_IN * len(names) + PANEL_IN for names in rows]
+    each = [row_in if origin == looks.THIS_RUN else ROW_IN for origin, _ in blocks]
+    heights = [height * len(names) + PANEL_IN for height, names in zip(each, rows, strict=True)]
     width = max(len(panels) for _, panels in blocks)
     figure, grid = plt.subplots(
         len(blocks), width, squeeze=False, figsize=(TEXT_WIDTH_IN, sum(heights)), height_ratios=heights

@@ -14,9 +14,9 @@ from matplotlib.lines import Line2D
 
 from tinyr1_utils import looks
 from tinyr1_utils.perturbations import split_label
-from tinyr1_utils.plotting import COLUMNS, REPORTED_FACE, TEXT_WIDTH_IN, note, panels, styled
+from tinyr1_utils.plotting import COLUMNS, REPORTED_FACE, ROW_IN, TEXT_WIDTH_IN, note, panels, styled
 
-SPREAD = 0.5  # of a row's height, over which the scorings of one change are spread
+SPREAD = 0.6  # of a row's height, over which the scorings of one change are spread
 
 
 def by_scoring(axes: Axes, positions: list[int], part: pd.DataFrame, value: str, reported: bool) -> None:
@@ -31,6 +31,11 @@ def by_scoring(axes: Axes, positions: list[int], part: pd.DataFrame, value: str,
             axes.plot(bounds, [shifted, shifted], color=look.colour, linewidth=0.9, solid_capstyle="butt")
         face = REPORTED_FACE if reported else look.colour
         axes.plot(100 * row[value], shifted, look.marker, color=look.colour, markerfacecolor=face, markersize=3.2)
+
+
+def _row(frame: pd.DataFrame) -> float:
+    """The height of a row that holds its scorings beneath one another, in inches."""
+    return ROW_IN * max(1.0, 0.6 * frame.loc[frame["origin"] == looks.THIS_RUN, "scoring"].nunique())
 
 
 def legend_of_scorings(figure: Figure, scorings: Iterable[str]) -> None:
@@ -66,7 +71,8 @@ def stress_drops(frame: pd.DataFrame) -> Figure:
         axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
         by_scoring(axes, positions, part, "difference", reported)
 
-    figure = panels(_by_test(shown), "model", "change", "changed − unchanged (points)", "change", draw, share_x=True)
+    xlabel = "changed − unchanged (points)"
+    figure = panels(_by_test(shown), "model", "change", xlabel, "change", draw, share_x=True, row_in=_row(shown))
     legend_of_scorings(figure, shown["scoring"])
     return figure
 
@@ -94,7 +100,8 @@ def longest_options(frame: pd.DataFrame) -> Figure:
         axes.set_xlim(0, 100)
 
     shown = _largest_doses(frame)
-    figure = panels(_by_test(shown), "model", "change", "longest option chosen (%)", "options", draw, share_x=True)
+    xlabel = "longest option chosen (%)"
+    figure = panels(_by_test(shown), "model", "change", xlabel, "options", draw, share_x=True, row_in=_row(shown))
     legend_of_scorings(figure, shown["scoring"])
     return figure
 

@@ -207,6 +207,16 @@ def inheritance_table(inherited: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def power_table(power: pd.DataFrame) -> pd.DataFrame:
+    """Models x benchmarks: plus or minus what each score is known (points), and the samples a problem for 1 point."""
+
+    def cell(record) -> str:
+        needed = EMPTY if pd.isna(record.samples_for_1_point) else f"{record.samples_for_1_point:.0f}"
+        return f"±{100 * record.half_width:.1f}, {needed} (has {record.n_samples:.0f})"
+
+    return _wide(power, "model", lambda r: f"{r.benchmark}, {r.n_problems:.0f} problems", cell)
+
+
 def funnel_table(funnel: pd.DataFrame) -> pd.DataFrame:
     """Filters x domains: rows left (share of the rows read), and the tokens left."""
     return _wide(

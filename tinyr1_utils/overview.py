@@ -1,0 +1,77 @@
+"""Owns the frames that show a run as a whole: what it is made of, accuracy against its cost, how many samples suffice.
+
+As in `analysis`, rates are shares and `low` and `high` bound the interval at `confidence`. Costs are facts of the run,
+tokens trained on and tokens written, and no seconds, which differ between identical runs.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tinyr1_utils import looks
+from tinyr1_utils.analysis import ESTIMATE, accuracy_frame, average_frame, benchmark_rows
+from tinyr1_utils.artifacts import completed
+from tinyr1_utils.config import BACKBONE, names
+
+PARTS = ["column", "name", "detail", "source"]
+COSTS = ["model", "kind", "pass_at_1", *ESTIMATE, "training_tokens", "output_tokens"]
+POWER = ["model", "benchmark", "n_problems", "n_samples", "half_width", "samples_for_1_point"]
+
+
+def parts_frame(run_dir: Path) -> pd.DataFrame:
+    """The run as a drawing: backbone, branches and mixtures, merged models, each with its data; columns PARTS.
+
+    `column` is 0 for the backbone, 1 for what is trained and 2 for what is merged; `source` names what a part is made
+    of, comma-separated.
+    """
+    run = completed(run_dir)
+    rows = [{"column": 0, "name": BACKBONE, "detail": "", "source": ""}]
+    for name in sorted((name for name in run if name.startswith("sft/")), key=looks.order):
+        metrics = run[name]["metrics"]
+        detail = f"{metrics['steps']} steps, {metrics['tokens']:,} tokens"
+        rows.append({"column": 1, "name": name, "detail": detail, "source": BACKBONE})
+    for name in sorted((name for name in run if name.startswith("merge/")), key=looks.order):
+        order = names(run[name]["parameters"]["merge_order"])
+        detail = f"{100 * run[name]['metrics']['changed_fraction']:.0f} % changed"
+        rows.append({"column": 2, "name": name, "detail": detail, "source": ",".join(f"sft/{b}" for b in order)})
+    return pd.DataFrame(rows if len(rows) > 1 else [], columns=PARTS)
+
+
+def training_tokens(run: dict[str, dict[str, Any]], model: str) -> float:
+    """Tokens that a model was trained on beyond the backbone, those of a merged model's branches included.
+
+    NaN where a branch is not in the run.
+    """
+    if model == BACKBONE:
+        return 0.0
+    if model.startswith("merge/") and model in run:
+        branches = names(run[model]["parameters"]["merge_order"])
+        return sum(training_tokens(run, f"sft/{branch}") for branch in branches)
+    return float(run[model]["metrics"]["tokens"]) if model in run else math.nan
+
+
+def cost_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
+    """Mean accuracy of every model that has all benchmarks, beside the tokens it was trained on and writes; COSTS.
+
+    `output_tokens` is the mean over benchmarks of a completion's tokens.
+    """
+    run, accuracy = completed(run_dir), accuracy_frame(run_dir, confidence)
+    written = accuracy.groupby("model")["output_tokens"].mean()
+    frame = average_frame(accuracy, confidence)
+    frame["training_tokens"] = [training_tokens(run, model.partition("@")[0]) for model in frame["model"]]
+    return frame.assign(output_tokens=frame["model"].map(written)).reindex(columns=COSTS)
+
+
+def power_frame(run_dir: Path) -> pd.DataFrame:
+    """How sure each score is, and how many samples a problem make the benchmark's own mean sure to 1 point.
+
+    `half_width` is 1.96 standard errors over problems, `samples_for_1_point` `metrics.samples_needed`. Columns POWER.
+    """
+    rows = []
+    for columns, _, facts in benchmark_rows(completed(run_dir)):
+        stderr = math.nan if facts["stderr"] is None else facts["stderr"]
+        who = {"model": columns["model"], "benchmark": columns["benchmark"], "half_width": 1.96 * stderr}
+        rows.append(who | facts)
+    return pd.DataFrame(rows, columns=POWER)
