@@ -34,7 +34,7 @@ def _scorings(run_dir: Path) -> Iterator[tuple[dict[str, Any], str, dict[str, An
     run, seen = completed(run_dir), set()
     for model, kind, variant in models(run, "stress"):
         metrics, plain = run[f"stress/{variant}"]["metrics"], model.partition("@")[0]
-        for scoring, found in metrics["scorings"].items():
+        for scoring, found in sorted(metrics["scorings"].items(), key=lambda item: looks.order(item[0])):
             # A model on two benchmarks or in two scorings bears one name; of two alike the second has its variant's.
             test = (plain, metrics["benchmark"], scoring)
             name = f"{plain}@{variant}" if test in seen else plain
