@@ -127,6 +127,7 @@ def stress(run: Path, variant: str, rng: random.Random) -> None:
     scorings = {}
     for scoring in SCORINGS:
         longest = {"longest_rate": 0.4, "longest_problems": 25, "longest_chance": 0.25}
+        longest["no_answer_rate"] = 0.1
         original = {"n_problems": 40, "accuracy": 0.5, "stderr": 0.08} | longest
         changes, scores = {}, [Score(f"p{i}", 0, i % 2 == 0, "", "A", False, 0) for i in range(40)]
         for change, shift in CHANGES.items():

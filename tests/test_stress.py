@@ -113,7 +113,9 @@ def test_the_summary_counts_what_holds_in_every_form():
     found = summarise(asked.problems, asked.changed, scores, 0)
     assert found["robust_accuracy"] == round(1 / 3, 6) and found["consistency"] == round(2 / 3, 6)
     assert found["original"]["accuracy"] == round(2 / 3, 6)
-    assert found["changes"]["true_false"]["all_right"] == 1.0
+    assert found["changes"]["true_false"]["all_right"] == 1.0 and found["original"]["no_answer_rate"] == 0
+    silent = [dataclasses.replace(one, verdict="no_answer") if one.problem_id == "r" else one for one in scores]
+    assert summarise(asked.problems, asked.changed, silent, 0)["original"]["no_answer_rate"] == round(1 / 3, 6)
     assert found["changes"]["longer_right:neutral@2"]["all_right"] is None
     assert found["changes"]["longer_right:neutral@2"]["right_to_wrong"] == round(1 / 3, 6)
     (row,) = scoring_frame({"sum": found}).itertuples()

@@ -22,10 +22,10 @@ from tinyr1_utils.records import Score, require_records
 
 WHO = ["origin", "model", "kind", "benchmark", "scoring", "change"]
 DROPS = [*WHO, "accuracy_original", "accuracy_changed", "difference", *ESTIMATE, "untouched"]
-DROPS += ["right_to_wrong", "wrong_to_right", "all_right"]
+DROPS += ["right_to_wrong", "wrong_to_right", "all_right", "no_answer_rate"]
 DOSES = [*WHO, "manner", "ratio", "accuracy", *ESTIMATE]
 LONGEST = [*WHO, "longest_rate", *ESTIMATE, "longest_chance"]
-ROBUSTNESS = [*WHO[:-1], "accuracy", *ESTIMATE, "robust_accuracy", "consistency"]
+ROBUSTNESS = [*WHO[:-1], "accuracy", *ESTIMATE, "robust_accuracy", "consistency", "no_answer_rate"]
 INHERITED = [*WHO, "difference", "branches", "lowest", "highest", "excess", *ESTIMATE, "verdict"]
 
 
@@ -108,7 +108,7 @@ def robustness_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
         n_problems = facts["n_problems"]
         estimate = Estimate(facts["accuracy"], number(facts["stderr"]), n_problems, n_problems)
         both = {name: found[name] for name in ("robust_accuracy", "consistency")}
-        columns = who | {"accuracy": facts["accuracy"]} | both
+        columns = who | {name: facts[name] for name in ("accuracy", "no_answer_rate")} | both
         rows.append(columns | estimate_columns(estimate, confidence, rate_interval))
     return pd.DataFrame(rows, columns=ROBUSTNESS)
 

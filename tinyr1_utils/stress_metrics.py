@@ -90,6 +90,11 @@ def longest_options(problems: Sequence[Problem], scores: Sequence[Score], seed: 
     }
 
 
+def no_answers(scores: Sequence[Score]) -> dict[str, float]:
+    """The share of completions that state no answer, or none before their tokens end."""
+    return {"no_answer_rate": round(sum(score.verdict == "no_answer" for score in scores) / len(scores), 6)}
+
+
 def compare(original: Mapping[str, Sequence[float]], changed: Mapping[str, Sequence[float]]) -> dict[str, float | int]:
     """Accuracy before and after on the items that were changed, and their paired difference (after - before)."""
     before = {key: original[key] for key in changed}
@@ -121,7 +126,7 @@ def summarise(
 
     `all_right` is the share of problems whose every statement was judged rightly; flips of a set of statements go by
     it. `consistency` is the share of problems that are right in every form of one problem that asks for the same, or
-    wrong in every one; `robust_accuracy` that of problems right in every form.
+    wrong in every one, samples included; `robust_accuracy` that of problems right in every form.
     """
     by_id = {score.problem_id: [] for score in scores}
     for score in scores:
@@ -132,7 +137,7 @@ def summarise(
     before = by_problem(originals)
     estimate = clustered_mean(list(before.values()))
     accuracy = {"accuracy": round(estimate.mean, 6), "stderr": round(estimate.stderr, 6)}
-    facts = {"n_problems": estimate.n_problems} | accuracy
+    facts = {"n_problems": estimate.n_problems} | accuracy | no_answers(originals)
     metrics = {ORIGINAL: facts | longest_options(asked, originals, seed), "changes": {}}
     always = {key: set(values) for key, values in before.items()}
     for label, items in changed.items():
@@ -142,7 +147,7 @@ def summarise(
             continue
         strict, several = all_right(found), kind_of(label).several
         row = compare(before, values_by_original(problems, found)) | flips(before, strict)
-        row |= longest_options(problems, found, seed)
+        row |= longest_options(problems, found, seed) | no_answers(found)
         row["all_right"] = round(clustered_mean(list(strict.values())).mean, 6) if several else None
         metrics["changes"][label] = row
         if not several:

@@ -166,6 +166,7 @@ def stress_table(stress: pd.DataFrame) -> pd.DataFrame:
             "difference (points)": _points(r),
             "right to wrong (%)": _percent(r.right_to_wrong),
             "wrong to right (%)": _percent(r.wrong_to_right),
+            "no answer (%)": _percent(r.no_answer_rate),
             "problems": EMPTY if pd.isna(r.n_problems) else f"{r.n_problems:.0f}",
             "untouched": EMPTY if pd.isna(r.untouched) else f"{r.untouched:.0f}",
         }
@@ -182,6 +183,7 @@ def robustness_table(robustness: pd.DataFrame) -> pd.DataFrame:
             "benchmark": r.benchmark,
             "scoring": looks.look(r.scoring).label,
             "unchanged (%)": _percent(r.accuracy, r.stderr),
+            "no answer (%)": _percent(r.no_answer_rate),
             "right in every form (%)": _percent(r.robust_accuracy),
             "same in every form (%)": _percent(r.consistency),
         }
