@@ -44,7 +44,9 @@ def _scorings(run_dir: Path) -> Iterator[tuple[dict[str, Any], str, dict[str, An
 
 
 def change_order(label: str) -> tuple[int, int, float]:
-    """A sort key: the changes in the order of their table, then their manners, then their ratios."""
+    """A sort key: the unchanged first, then the changes in the order of their table, their manners, their ratios."""
+    if label == "original":
+        return -1, 0, 0.0
     name, manner, ratio = split_label(label)
     manners = CHANGES[name].manners
     return list(CHANGES).index(name), manners.index(manner) if manner else 0, ratio

@@ -15,7 +15,10 @@ from matplotlib.lines import Line2D
 from tinyr1_utils import looks
 from tinyr1_utils.perturbations import split_label
 from tinyr1_utils.plotting import COLUMNS, REPORTED_FACE, ROW_IN, TEXT_WIDTH_IN, note, panels, styled
+from tinyr1_utils.stress_analysis import change_order
 
+FEWEST = 10  # problems
+LINES = {"restatement": "--", "elaboration": ":", "paraphrase": "-."}
 SPREAD = 0.6  # of a row's height, over which the scorings of one change are spread
 
 
@@ -50,13 +53,21 @@ def legend_of_scorings(figure: Figure, scorings: Iterable[str]) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(shown))
 
 
-def _largest_doses(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of a change at several length ratios the largest alone; reported rows stay."""
+def _shown(frame: pd.DataFrame) -> pd.DataFrame:
+    """What a figure of many changes shows, in the changes' order; reported rows stay.
+
+    Of a change at several length ratios the largest alone, of each test and scoring. Not what rests on fewer than
+    FEWEST problems: its interval would set the scale for all others. The table has them all.
+    """
     own = frame["origin"] == looks.THIS_RUN
     parts = [split_label(label) if here else (label, "", 0.0) for label, here in zip(frame["change"], own, strict=True)]
     series = pd.Series([part[:2] for part in parts], index=frame.index)
     ratio = pd.Series([part[2] for part in parts], index=frame.index)
-    return frame[~own | (ratio == ratio.groupby(series).transform("max"))]
+    largest = ratio.groupby([frame["model"], frame["benchmark"].fillna(""), frame["scoring"], series]).transform("max")
+    kept = frame[own & (ratio == largest) & (frame["n_problems"] >= FEWEST)]
+    rank = {label: place for place, label in enumerate(sorted(set(kept["change"]), key=change_order))}
+    in_order = kept.sort_values("change", key=lambda labels: labels.map(rank), kind="stable")
+    return pd.concat([in_order, frame[~own]])
 
 
 @styled
@@ -65,7 +76,7 @@ def stress_drops(frame: pd.DataFrame) -> Figure:
     if frame.empty:
         return note("stress test: none is finished")
     known = frame if "scoring" in frame else frame.assign(scoring="generated")  # runs published before there were more
-    shown = _largest_doses(known.assign(scoring=known["scoring"].fillna("")))
+    shown = _shown(known.assign(scoring=known["scoring"].fillna("")))
 
     def draw(axes, positions, part, reported):
         axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
@@ -82,7 +93,7 @@ def _by_test(frame: pd.DataFrame) -> pd.DataFrame:
     tests = frame[["model", "benchmark"]].drop_duplicates()
     if not tests["model"].duplicated().any():
         return frame
-    several = frame["model"] + " " + frame["benchmark"].fillna("")
+    several = frame["model"] + "\n" + frame["benchmark"].fillna("")
     own = frame["origin"] == looks.THIS_RUN
     return frame.assign(model=several.where(own, frame["model"]), benchmark=frame["benchmark"].where(~own, ""))
 
@@ -99,7 +110,7 @@ def longest_options(frame: pd.DataFrame) -> Figure:
         by_scoring(axes, positions, part, "longest_rate", reported)
         axes.set_xlim(0, 100)
 
-    shown = _largest_doses(frame)
+    shown = _shown(frame)
     xlabel = "longest option chosen (%)"
     figure = panels(_by_test(shown), "model", "change", xlabel, "options", draw, share_x=True, row_in=_row(shown))
     legend_of_scorings(figure, shown["scoring"])
@@ -111,15 +122,18 @@ def dose_response(frame: pd.DataFrame) -> Figure:
     """Accuracy against the length ratio asked for, a panel per model, benchmark and scoring. Frame: `dose_frame`."""
     if frame.empty:
         return note("dose response: no change of length is tested")
-    keys = ["model", "benchmark", "scoring"]
-    groups = list(frame.groupby(keys, sort=False))
+    tests = list(dict.fromkeys(zip(frame["model"], frame["benchmark"], strict=True)))
+    groups = sorted(
+        frame.groupby(["model", "benchmark", "scoring"]),
+        key=lambda group: (tests.index(group[0][:2]), looks.order(group[0][2])),
+    )
     lines = -(-len(groups) // COLUMNS)
     width = min(COLUMNS, len(groups))
     figure, grid = plt.subplots(lines, width, squeeze=False, figsize=(TEXT_WIDTH_IN, 1.75 * lines + 0.3), sharey=True)
     drawn: dict[str, Line2D] = {}
     for axes, ((model, benchmark, scoring), part) in zip(grid.flat, groups, strict=False):
         for (change, manner), line in part.groupby(["change", "manner"], sort=False):
-            look, style = looks.look(change), "-" if manner in ("neutral", "") else "--"
+            look, style = looks.look(change), LINES.get(manner, "-")
             label = look.label if style == "-" else f"{look.label}, {manner}"
             (drawn[label],) = axes.plot(
                 line["ratio"], 100 * line["accuracy"], style, marker=look.marker, color=look.colour, markersize=3.2
@@ -136,7 +150,7 @@ def dose_response(frame: pd.DataFrame) -> Figure:
         row[0].set_ylabel("accuracy (%)")
     for axes in list(grid.flat)[len(groups) :]:
         axes.remove()
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(4, len(drawn)))
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(3, len(drawn)))
     plt.close(figure)
     return figure
 
