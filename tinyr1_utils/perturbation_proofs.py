@@ -47,13 +47,13 @@ def of_length(original: Problem, changed: Problem, name: str, paraphrased: bool 
     return SAME_REFERENCE, SAME_OPTIONS, SAME_QUESTION, SAME_NUMBERS
 
 
-def of_nouns(original: Problem, changed: Problem, name: str) -> str | tuple[str, ...]:
-    """Irrelevant nouns: the question with words renamed one for one, and nothing else."""
+def of_nouns(original: Problem, changed: Problem, script: str) -> str | tuple[str, ...]:
+    """Irrelevant nouns: the question with words renamed one for one in a script, and nothing else."""
     if (changed.reference, changed.answer_kind, changed.options) != (
         original.reference, original.answer_kind, original.options,
     ):  # fmt: skip
         return "its reference, answer kind or options changed"
-    broken = irrelevant_nouns.broken(original, changed)
+    broken = irrelevant_nouns.broken(original, changed, (script,))
     if not broken and _digits([original.question]) != _digits([changed.question]):
         broken = "its numbers changed"
     return broken or (SAME_REFERENCE, SAME_OPTIONS, SAME_NUMBERS)
@@ -73,10 +73,11 @@ def of_position(original: Problem, changed: Problem, name: str) -> str | tuple[s
 
 def _of_statement(original: Problem, changed: Problem, name: str) -> str | tuple[str, ...]:
     words = STATEMENT if name == "true_false" else IS_IT
-    question, found, option = changed.question.rpartition(words)
+    opening = f"{original.question}{words}"
+    option = changed.question.removeprefix(opening)
     yes, no = ("True", "False") if name == "true_false" else ("Yes", "No")
     right = original.reference if original.answer_kind != "choice" else original.options[require_choice(original)]
-    if not found or question != original.question or (original.options and option not in original.options):
+    if not changed.question.startswith(opening) or (original.options and option not in original.options):
         return "it is not the original question with one of its options"
     if changed.reference != (yes if option.replace(",", "") == right.replace(",", "") else no):
         return "its reference is not the truth of the original option"

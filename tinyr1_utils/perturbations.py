@@ -320,13 +320,6 @@ def undo(changed: Problem, made: Sequence[Edit]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text}
 
 
-_PROOFS = {
-    "nouns": perturbation_proofs.of_nouns,
-    "control": perturbation_proofs.of_position,
-    "type": perturbation_proofs.of_type,
-}
-
-
 def proof(original: Problem, changed: Problem, change: Change) -> tuple[str, ...]:
     """What the two problems have in common, found from their texts alone. Raises ValueError naming what is broken.
 
@@ -347,8 +340,12 @@ def proof(original: Problem, changed: Problem, change: Change) -> tuple[str, ...
         kind = CHANGES[change.name].kind
         if kind == "length":
             found = perturbation_proofs.of_length(original, changed, change.name, change.manner == PARAPHRASE)
+        elif kind == "nouns":
+            found = perturbation_proofs.of_nouns(original, changed, change.manner)
+        elif kind == "control":
+            found = perturbation_proofs.of_position(original, changed, change.name)
         else:
-            found = _PROOFS[kind](original, changed, change.name)
+            found = perturbation_proofs.of_type(original, changed, change.name)
         if not isinstance(found, str):
             return found
         broken = found

@@ -79,16 +79,21 @@ def require_choice(problem: Problem) -> int:
 class Quantity:
     """A plain number as it is written, with what stands behind it."""
 
-    value: Fraction
+    last_places: int  # the number as a multiple of one in its last decimal place
     decimals: int
     grouped: bool
     unit: str
 
-    def write(self, value: Fraction) -> str:
-        """Another number in the same notation."""
-        number = float(abs(value)) if self.decimals else int(abs(value))
+    @property
+    def value(self) -> Fraction:
+        """The number itself."""
+        return Fraction(self.last_places, 10**self.decimals)
+
+    def write(self, last_places: int) -> str:
+        """Another number in the same notation, given as a multiple of one in its last decimal place."""
+        number = abs(last_places) / 10**self.decimals if self.decimals else abs(last_places)
         text = f"{number:{',' if self.grouped else ''}{f'.{self.decimals}f' if self.decimals else 'd'}}"
-        return f"{'-' if value < 0 else ''}{text}{self.unit}"
+        return f"{'-' if last_places < 0 else ''}{text}{self.unit}"
 
 
 def quantity(text: str) -> Quantity | None:
@@ -97,8 +102,8 @@ def quantity(text: str) -> Quantity | None:
     if not found:
         return None
     number, decimals = found["number"], found["decimals"] or ""
-    value = Fraction(number.replace(",", "") + decimals)
-    return Quantity(-value if found["sign"] else value, max(0, len(decimals) - 1), "," in number, found["unit"])
+    last_places = int(number.replace(",", "") + decimals[1:]) * (-1 if found["sign"] else 1)
+    return Quantity(last_places, max(0, len(decimals) - 1), "," in number, found["unit"])
 
 
 def wrong_numbers(known: Quantity, taken: set[str], count: int, rng: random.Random) -> list[str]:
@@ -106,18 +111,20 @@ def wrong_numbers(known: Quantity, taken: set[str], count: int, rng: random.Rand
 
     None of them is written as one of `taken`, and none is negative where `known` is not.
     """
-    value, step = known.value, Fraction(1, 10**known.decimals)
-    slips = [value * 2, value / 2, value * 10, value + 10 * step, value - 10 * step, value + step, value - step]
-    slips += [value + 2 * step, value * 3, value / 10, value + 100 * step, value - 2 * step]
+    number = known.last_places
+    half, tenth = (None if number % part else number // part for part in (2, 10))  # what can be written as it is
+    slips = [number * 2, half, number * 10, number + 10, number - 10, number + 1, number - 1]
+    slips += [number + 2, number * 3, tenth, number + 100, number - 2]
     rng.shuffle(slips)
-    slips += [value + number * step for number in range(3, 3 + count + len(taken))]
+    slips += range(number + 3, number + 3 + count + len(taken))
     found: list[str] = []
-    for slip in slips:
+    for slip in (slip for slip in slips if slip is not None and (slip >= 0 or number < 0)):
         text = known.write(slip)
-        exact = slip == round(slip / step) * step
-        if exact and (slip >= 0 or value < 0) and text not in taken and text not in found:
+        if text not in taken and text not in found:
             found.append(text)
-    return found[:count]
+        if len(found) == count:
+            break
+    return found
 
 
 def as_choice(problem: Problem, rng: random.Random) -> Problem | None:
@@ -125,7 +132,8 @@ def as_choice(problem: Problem, rng: random.Random) -> Problem | None:
     known = quantity(problem.reference) if problem.answer_kind in ("number", "expression") else None
     if known is None or known.unit:
         return None
-    options = [known.write(known.value), *wrong_numbers(known, {known.write(known.value)}, 3, rng)]
+    right_number = known.write(known.last_places)
+    options = [right_number, *wrong_numbers(known, {right_number}, 3, rng)]
     right = rng.randrange(4)
     options[0], options[right] = options[right], options[0]
     return dataclasses.replace(problem, answer_kind="choice", reference=LETTERS[right], options=tuple(options))
