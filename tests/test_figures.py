@@ -94,6 +94,19 @@ def test_empty_frame_gives_a_note(frames, name):
     assert len(figure.texts) == 1 and not figure.axes
 
 
+def test_a_stress_test_of_few_problems_is_drawn_and_few_among_many_are_not(frames):
+    for name in ("stress_drops", "longest_options"):
+        frame = frames[name]
+        own = frame["origin"] == "this run"
+        few = frame.assign(n_problems=frame["n_problems"].where(~own, 6))
+        drawn, few_drawn = (figures.FIGURES[name](each) for each in (frame, few))
+        assert len(few_drawn.axes) == len(drawn.axes) > 2
+        one = frame["change"] == "longer_wrong:neutral@4"
+        fewer = figures.FIGURES[name](frame.assign(n_problems=frame["n_problems"].where(~(own & one), 6)))
+        rows = [label.get_text() for label in fewer.axes[0].get_yticklabels()]
+        assert "wrong options longer ×4" not in rows and "right option longer ×4" in rows
+
+
 def test_frame_survives_its_csv(frames, tmp_path):
     frame = frames["accuracy_by_model"]
     figures.drawn("accuracy_by_model", frame, tmp_path)

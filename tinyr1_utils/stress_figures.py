@@ -57,14 +57,17 @@ def _shown(frame: pd.DataFrame) -> pd.DataFrame:
     """What a figure of many changes shows, in the changes' order; reported rows stay.
 
     Of a change at several length ratios the largest alone, of each test and scoring. Not what rests on fewer than
-    FEWEST problems: its interval would set the scale for all others. The table has them all.
+    FEWEST problems, unless all do: its interval would set the scale for the others. The table has them all.
     """
     own = frame["origin"] == looks.THIS_RUN
     parts = [split_label(label) if here else (label, "", 0.0) for label, here in zip(frame["change"], own, strict=True)]
     series = pd.Series([part[:2] for part in parts], index=frame.index)
     ratio = pd.Series([part[2] for part in parts], index=frame.index)
     largest = ratio.groupby([frame["model"], frame["benchmark"].fillna(""), frame["scoring"], series]).transform("max")
-    kept = frame[own & (ratio == largest) & (frame["n_problems"] >= FEWEST)]
+    kept = frame[own & (ratio == largest)]
+    kept = kept[
+        kept["n_problems"] >= min(FEWEST, kept["n_problems"].max())
+    ]  # a trial on few problems shows what it has
     rank = {label: place for place, label in enumerate(sorted(set(kept["change"]), key=change_order))}
     in_order = kept.sort_values("change", key=lambda labels: labels.map(rank), kind="stable")
     return pd.concat([in_order, frame[~own]])
