@@ -10,7 +10,7 @@ COMPILE := $(VENV)/bin/uv pip compile -q --python-version 3.11 --no-annotate --n
 
 .DEFAULT_GOAL := help
 .PHONY: help bootstrap run plan status compare test test-slow lab lint format figures publish lm-eval benchmark-curation benchmark-grading \
-	benchmark-merge benchmark-sft lock clean clean-runs
+	benchmark-merge benchmark-sft benchmark-stress lock clean clean-runs
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ benchmark-merge: bootstrap ## merging beside mergekit: time, memory, repeats; SI
 benchmark-sft: bootstrap ## branch SFT by way of feeding it: tokens/s, utilisation, memory; planned against measured memory; on a GPU SFT_ARGS=--gpu
 	$(VENV_PYTHON) benchmarks/sft.py $(SFT_ARGS)
 	$(VENV_PYTHON) benchmarks/memory_plan.py
+
+benchmark-stress: bootstrap ## the stress test's changes a second, and scoring beside plain forward passes; DATA_ROOT=
+	$(VENV_PYTHON) benchmarks/stress.py --data-root "$(abspath $(DATA_ROOT))"
 
 # On a machine without a local wheel of CPU torch, uv looks its version up in PyTorch's CPU index.
 lock: bootstrap ## resolve requirements/*.in again, keeping versions that still fit; LOCK_ARGS=--upgrade moves them
