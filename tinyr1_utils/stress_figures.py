@@ -25,7 +25,7 @@ SPREAD = 0.6  # of a row's height, over which the scorings of one change are spr
 def by_scoring(axes: Axes, positions: list[int], part: pd.DataFrame, value: str, reported: bool) -> None:
     """One marker per row and scoring with its interval, in percent; scorings of one row stand beneath one another."""
     scorings = sorted(dict.fromkeys(part["scoring"]), key=looks.order)
-    step = SPREAD / max(1, len(scorings) - 1) if len(scorings) > 1 else 0.0
+    step = SPREAD / max(2, len(scorings) - 1)  # two stand closer to each other than to the next row's
     for y, row in zip(positions, part.to_dict("records"), strict=True):
         look = looks.look(row["scoring"]) if row["scoring"] else looks.UNKNOWN
         shifted = y + (scorings.index(row["scoring"]) - (len(scorings) - 1) / 2) * step
