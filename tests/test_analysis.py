@@ -148,7 +148,7 @@ def test_frames_of_the_stress_test(run):
 
 
 def test_what_a_model_costs_and_how_sure_its_scores_are(run):
-    costs = overview.cost_frame(run).set_index("model")
+    costs = overview.tradeoff_frame(run).set_index("model")
     assert costs.loc[["backbone", "sft/math", "sft/mixture"], "training_tokens"].to_list() == [0, 180000, 180000]
     assert (costs.loc[costs["kind"] == "merged model", "training_tokens"] == 3 * 180000).all()
     accuracy = analysis.accuracy_frame(run).set_index("model")

@@ -27,7 +27,7 @@ def frames(tmp_path_factory):
         "token_lengths": reported.beside(analysis.token_frame(run), reported.token_rows()),
         "stress_drops": reported.beside(stress_analysis.stress_frame(run), reported.stress_rows()),
         "branch_and_merge": overview.parts_frame(run),
-        "accuracy_by_cost": overview.cost_frame(run),
+        "accuracy_by_cost": overview.tradeoff_frame(run),
         "dose_response": stress_analysis.dose_frame(run),
         "longest_options": stress_analysis.longest_frame(run),
         "merge_choices": merge_analysis.choice_frame(run),

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import re
+from pathlib import Path
 
 import pytest
 import stress_sheet
@@ -18,6 +20,7 @@ from tinyr1_utils.micro_problems import generate
 from tinyr1_utils.paraphraser import _keeps
 from tinyr1_utils.perturbations import Materials, make_changes, parse_changes
 from tinyr1_utils.records import Problem, Score, require_records, write_records
+from tinyr1_utils.sources import load
 from tinyr1_utils.stress_metrics import (
     all_right,
     compare,
@@ -29,6 +32,7 @@ from tinyr1_utils.stress_metrics import (
     values_by_original,
 )
 
+DATA = Path(os.environ.get("TINYR1_DATA_ROOT") or REPOSITORY.parent / "shared" / "data")
 MICRO = stage_parameters(load_config(REPOSITORY / "configs/micro.yaml"), "stress", "backbone")
 CHANGES = "longer_right@2/4,longer_wrong@4,true_false,none_right,nouns,right_first"
 
@@ -153,20 +157,41 @@ def test_a_problem_stands_before_its_changed_forms():
 def test_examples_are_not_asked_and_stand_in_the_type_of_the_problem(tmp_path):
     problems = [dataclasses.replace(one, metadata={}) for one in generate("science", "test", 6, 5)]
     asked = stress.change_problems(problems, told(tmp_path, shots=2), tmp_path)
-    assert asked.examples == problems[:2] and asked.problems == problems[2:]
+    assert len(asked.examples) == 2 and [one for one in problems if one not in asked.examples] == asked.problems
     statement = next(item.problem for item in asked.changed["true_false"])
     turns = stress.letter_messages(statement, asked.examples, "default")
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2 + ["user"]
     assert all(re.fullmatch(r"The answer is \\boxed\{(True|False)\}\.", turn["content"]) for turn in turns[1::2])
     longer = asked.changed["longer_right:neutral@4"][0].problem
     shown = stress.letter_messages(longer, asked.examples, "default")
-    assert all(option in shown[0]["content"] for option in problems[0].options)
-    assert shown[1]["content"] == f"The answer is \\boxed{{{problems[0].reference}}}."
+    first = asked.examples[0]
+    assert all(option in shown[0]["content"] for option in first.options)
+    assert shown[1]["content"] == f"The answer is \\boxed{{{first.reference}}}."
     texts = stress.option_messages(longer, asked.examples)
     assert texts[-1]["content"] == longer.question
     assert texts[1]["content"].startswith("The answer is: ") and texts[1]["content"].endswith(
-        problems[0].options["ABCD".index(problems[0].reference)]
+        first.options["ABCD".index(first.reference)]
     )
+
+
+def test_a_larger_part_of_a_benchmark_asks_a_smaller_one_in_the_same_words(tmp_path):
+    """Answers are kept by id when `limit` grows, so what an id asks must not hang on it."""
+    if not DATA.is_dir():
+        pytest.skip(f"{DATA} is not here")
+    changes = {"benchmark": "arc-challenge", "changes": "distractor,longer_right@2,true_false", "shots": 3}
+    parameters = told(tmp_path, data_root=str(DATA), **changes)
+    small, large = (
+        stress.change_problems(load("arc-challenge", str(DATA), limit, parameters.seed).problems, parameters, tmp_path)
+        for limit in (60, 120)
+    )
+    assert {one.id for one in small.examples} == {one.id for one in large.examples}
+    assert small.changed["distractor"] and len(large.problems) == 117
+    texts = {item.id: item for item in stress.asked_items(large)}
+    for item in stress.asked_items(small):
+        assert texts[item.id] == item
+        assert stress.letter_messages(item, small.examples, "default") == stress.letter_messages(
+            texts[item.id], large.examples, "default"
+        )
 
 
 def test_a_confidential_benchmark_leaves_no_text_in_the_list_of_changes():
@@ -297,16 +322,15 @@ def test_scorings_that_can_not_be_had_are_refused(tmp_path, changes, message):
 
 def test_the_checked_sheet_speaks_of_the_texts_that_are_made_today():
     """180 changed problems that a reader judged: their digests, and the share that was found faithful."""
-    data = REPOSITORY.parent / "shared" / "data"
     with open(stress_sheet.SHEET, newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     for kind in stress_sheet.DRAWN:
         verdicts = [row["faithful"] for row in rows if row["kind"] == kind]
         assert len(verdicts) == stress_sheet.PER_KIND and set(verdicts) <= {"yes", "no"}
         assert verdicts.count("yes") / len(verdicts) >= 0.97, kind
-    if not data.is_dir():
-        pytest.skip(f"{data} is not here: the digests can not be made again")
-    made = {item.problem.id: stress_sheet.digest(item.problem) for *_, item in stress_sheet.drawn(str(data))}
+    if not DATA.is_dir():
+        pytest.skip(f"{DATA} is not here: the digests can not be made again")
+    made = {item.problem.id: stress_sheet.digest(item.problem) for *_, item in stress_sheet.drawn(str(DATA))}
     assert made == {row["id"]: row["sha256"] for row in rows}
 
 

@@ -16,7 +16,7 @@ from tinyr1_utils.artifacts import completed
 from tinyr1_utils.config import BACKBONE, names
 
 PARTS = ["column", "name", "detail", "source"]
-COSTS = ["model", "kind", "pass_at_1", *ESTIMATE, "training_tokens", "output_tokens"]
+TRADEOFF = ["model", "kind", "pass_at_1", *ESTIMATE, "training_tokens", "output_tokens"]
 POWER = ["model", "benchmark", "n_problems", "n_samples", "half_width", "samples_for_1_point"]
 
 
@@ -52,8 +52,8 @@ def training_tokens(run: dict[str, dict[str, Any]], model: str) -> float:
     return float(run[model]["metrics"]["tokens"]) if model in run else math.nan
 
 
-def cost_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
-    """Mean accuracy of every model that has all benchmarks, beside the tokens it was trained on and writes; COSTS.
+def tradeoff_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
+    """Mean accuracy of every model that has all benchmarks, beside the tokens it was trained on and writes; TRADEOFF.
 
     `output_tokens` is the mean over benchmarks of a completion's tokens.
     """
@@ -61,7 +61,7 @@ def cost_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
     written = accuracy.groupby("model")["output_tokens"].mean()
     frame = average_frame(accuracy, confidence)
     frame["training_tokens"] = [training_tokens(run, model.partition("@")[0]) for model in frame["model"]]
-    return frame.assign(output_tokens=frame["model"].map(written)).reindex(columns=COSTS)
+    return frame.assign(output_tokens=frame["model"].map(written)).reindex(columns=TRADEOFF)
 
 
 def power_frame(run_dir: Path) -> pd.DataFrame:

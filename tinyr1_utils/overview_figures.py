@@ -52,7 +52,10 @@ def branch_and_merge(frame: pd.DataFrame) -> Figure:
 
 @styled
 def accuracy_by_cost(frame: pd.DataFrame) -> Figure:
-    """Mean accuracy against tokens trained on (a merge: all its branches') and tokens written. Frame: `cost_frame`."""
+    """Mean accuracy against tokens trained on, a merge's those of all its branches, and tokens written.
+
+    Frame: `tradeoff_frame`.
+    """
     if frame.empty:
         return note("accuracy by cost: no model has all benchmarks")
     figure, panels = plt.subplots(1, 2, figsize=(TEXT_WIDTH_IN, 2.4), sharey=True)

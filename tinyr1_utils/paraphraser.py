@@ -59,6 +59,12 @@ def _request(key: tuple[str, int, float], task: str, text: str, seed: int) -> Re
     return Request(name, 0, ({"role": "user", "content": text},), [], sample_seed(seed, name, 0))
 
 
+def asking(parameters: StressParameters) -> StressParameters:
+    """The parameters with the paraphraser in the place of the model under test."""
+    update = {"endpoint_url": parameters.paraphraser_url, "endpoint_model": parameters.paraphraser_model}
+    return parameters.model_copy(update=update | {"backend": "endpoint"})
+
+
 def paraphrases(
     problems: Sequence[Problem],
     changes: Sequence[Change],
@@ -78,24 +84,18 @@ def paraphrases(
         raise ValueError(f"changes with manner {PARAPHRASE!r} need paraphraser_url, an OpenAI-compatible endpoint")
     if source_named(benchmark).confidential:
         raise ValueError(f"{benchmark} is confidential: its text is sent to no paraphraser; choose another manner")
-    asking = parameters.model_copy(
-        update={
-            "backend": "endpoint",
-            "endpoint_url": parameters.paraphraser_url,
-            "endpoint_model": parameters.paraphraser_model,
-        }
-    )
-    known = {"model": endpoint_model(asking), "benchmark": benchmark, "prompts": [WRITE, JUDGE], "seed": asking.seed}
+    told = asking(parameters)
+    known = {"model": endpoint_model(told), "benchmark": benchmark, "prompts": [WRITE, JUDGE], "seed": told.seed}
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / f"{benchmark}-{sha256_json(known)[:12]}.jsonl"
     with FileLock(f"{path}.lock"):
-        return _drawn(_wanted(problems, changes), CompletionsFile(path), asking, on_line)
+        return _drawn(_wanted(problems, changes), CompletionsFile(path), told, on_line)
 
 
-def _drawn(wanted, file: CompletionsFile, asking: StressParameters, on_line) -> dict[tuple[str, int, float], str]:
+def _drawn(wanted, file: CompletionsFile, told: StressParameters, on_line) -> dict[tuple[str, int, float], str]:
     def ask(task: str, texts: dict[tuple[str, int, float], str]) -> dict[tuple[str, int, float], str]:
-        requests = [_request(key, task, text, asking.seed) for key, text in texts.items()]
-        completions = draw_into(file, requests, asking, lambda: endpoint_engine(asking), on_line)
+        requests = [_request(key, task, text, told.seed) for key, text in texts.items()]
+        completions = draw_into(file, requests, told, lambda: endpoint_engine(told), on_line)
         return {key: done.text.strip() for key, done in zip(texts, completions, strict=True)}
 
     options = {key: problem.options[key[1]] for key, problem in wanted.items()}

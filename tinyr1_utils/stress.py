@@ -18,11 +18,12 @@ import pandas as pd
 from tinyr1_utils.artifacts import Stage
 from tinyr1_utils.chat_templates import load_tokenizer, template_text
 from tinyr1_utils.config import StressParameters, names
+from tinyr1_utils.endpoints import endpoint_model
 from tinyr1_utils.engines import Engine, Request
-from tinyr1_utils.evaluation import grade, served_folder
+from tinyr1_utils.evaluation import grade, model_digest, served_folder
 from tinyr1_utils.generation import CompletionsFile, draw_into, sample, start_engine
 from tinyr1_utils.likelihood import Query, letter_query, likelihood_engine, option_query, parse_values
-from tinyr1_utils.paraphraser import paraphrases
+from tinyr1_utils.paraphraser import asking, paraphrases
 from tinyr1_utils.perturbations import (
     PARAPHRASE,
     Change,
@@ -36,7 +37,7 @@ from tinyr1_utils.perturbations import (
 from tinyr1_utils.problem_type import Pool, require_choice
 from tinyr1_utils.prompts import chat, shown
 from tinyr1_utils.records import LETTERS, TRUTHS, Problem, write_records
-from tinyr1_utils.sources import parse_benchmarks, source_named
+from tinyr1_utils.sources import Loaded, load, parse_benchmarks, source_named, subset
 from tinyr1_utils.stress_metrics import MEAN, likelihood_scores, summarise
 
 GENERATED, LETTER, SUM = "generated", "letter", "sum"
@@ -73,11 +74,13 @@ def usable(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
 def change_problems(loaded: Sequence[Problem], parameters: StressParameters, cache: Path, on_line=print) -> ChangedSet:
     """Every change of every usable problem, each proved against its original.
 
-    The first `shots` problems serve as examples and are not asked. Texts of a paraphraser are drawn into `cache`.
-    Raises ValueError where too few problems are left.
+    The `shots` problems that the benchmark's smallest parts hold serve as examples and are not asked; other problems'
+    options are borrowed from the whole benchmark: a larger part asks the problems of a smaller one in the same words.
+    Texts of a paraphraser are drawn into `cache`. Raises ValueError where too few problems are left.
     """
     good, refused = usable(loaded)
-    examples, problems = good[: parameters.shots], good[parameters.shots :]
+    examples = subset(good, parameters.shots, parameters.seed) if parameters.shots else []
+    problems = [problem for problem in good if problem not in examples]
     if not problems:
         first = f"; {refused[0]}" if refused else ""
         raise ValueError(f"{parameters.benchmark}: no problem is left to ask of {len(loaded)}{first}")
@@ -85,7 +88,9 @@ def change_problems(loaded: Sequence[Problem], parameters: StressParameters, cac
     written = {}
     if any(change.manner == PARAPHRASE for change in changes):
         written = paraphrases(problems, changes, parameters, cache, on_line)
-    materials = Materials(parameters.seed, Pool.of(good), written)
+    (benchmark,) = parse_benchmarks(parameters.benchmark)
+    whole, _ = usable(load(benchmark, parameters.data_root, 0, parameters.seed).problems)
+    materials = Materials(parameters.seed, Pool.of(whole), written)
     changed = {
         change.label: [one for problem in problems for one in make_changes(problem, change, materials)]
         for change in changes
@@ -154,7 +159,9 @@ def option_messages(problem: Problem, examples: Sequence[Problem]) -> list[dict[
     return [*turns, {"role": "user", "content": problem.question}]
 
 
-def likelihood_queries(tokenizer, items: Sequence[Problem], asked: ChangedSet, parameters: StressParameters, kind: str):
+def likelihood_queries(
+    tokenizer, items: Sequence[Problem], asked: ChangedSet, parameters: StressParameters, kind: str
+) -> dict[str, Query]:
     """Problem id -> Query of every item whose options can be scored, in the order of the items."""
     queries: dict[str, Query] = {}
     for item in (item for item in items if item.options or item.answer_kind in TRUTHS):
@@ -238,6 +245,15 @@ def change_frame(asked: ChangedSet) -> pd.DataFrame:
         ratio = round(float(np.mean(ratios)), 2) if ratios else None
         rows.append((label, kind, len(items), touched, len(asked.problems) - touched, ratio))
     return pd.DataFrame(rows, columns=["change", "kind", "items", "problems", "untouched", "length_ratio"])
+
+
+def input_digests(parameters: StressParameters, loaded: Loaded) -> dict[str, str]:
+    """The digests of a stage's inputs: the model, the benchmark's data, and the paraphraser's name where one writes."""
+    (benchmark,) = parse_benchmarks(parameters.benchmark)
+    digests = {benchmark: loaded.digest, "model": model_digest(parameters)}
+    if any(change.manner == PARAPHRASE for change in parse_changes(parameters.changes)):
+        digests["paraphraser"] = endpoint_model(asking(parameters))
+    return digests
 
 
 def confidential(parameters: StressParameters) -> bool:
