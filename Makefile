@@ -26,9 +26,11 @@ plan: bootstrap ## memory per GPU, steps and hours of every branch of CONFIG, be
 	@$(VENV_PYTHON) -m tinyr1_utils.memory_plan --config $(CONFIG) $(PLAN_ARGS)
 
 test: bootstrap lm-eval ## all tests; PYTEST_ARGS="-m 'not slow'" for the quick ones
+	@bash scripts/test_programs.sh
 	$(VENV_PYTHON) -m pytest -q tests $(PYTEST_ARGS)
 
 test-slow: bootstrap ## of the tests the slow ones alone, which start real jobs, servers and hosts
+	@bash scripts/test_programs.sh
 	$(VENV_PYTHON) -m pytest -q tests -m slow $(PYTEST_ARGS)
 
 status: bootstrap ## what of CONFIG is done, stale, running or missing, with its result and its cost, a line each

@@ -1,6 +1,5 @@
-"""Statistics of a run, what it lacks, the reported numbers, and notebook 06 from end to end."""
+"""Statistics of a run, what it lacks, and the reported numbers."""
 
-import json
 import math
 import shutil
 import statistics
@@ -9,11 +8,21 @@ from pathlib import Path
 import fake_run
 import numpy as np
 import pandas as pd
-import papermill
 import pytest
 from scipy import stats
 
-from tinyr1_utils import analysis, looks, metrics, overview, reported, status, stress_analysis, tables
+from tinyr1_utils import (
+    analysis,
+    comparisons,
+    looks,
+    metrics,
+    overview,
+    paper_tables,
+    reported,
+    status,
+    stress_analysis,
+    tables,
+)
 from tinyr1_utils.config import load_config
 from tinyr1_utils.records import Score, write_records
 
@@ -52,7 +61,7 @@ def test_gain_is_the_paired_difference_by_hand(tmp_path):
     branch = [("p1", 0, True), ("p1", 1, True), ("p2", 0, True), ("p2", 1, True), ("p3", 0, True), ("p3", 1, True)]
     write_evaluation(tmp_path, "backbone", "backbone", backbone)
     write_evaluation(tmp_path, "math", "sft/math", [*branch, ("p4", 0, True)])
-    gain = analysis.gain_frame(tmp_path).iloc[0]
+    gain = comparisons.gain_frame(tmp_path).iloc[0]
     differences = [0.5, 1.0, 0.0]
     stderr = statistics.stdev(differences) / math.sqrt(3)
     assert (gain["model"], gain["reference"], gain["n_problems"], gain["unpaired"]) == ("sft/math", "backbone", 3, 1)
@@ -66,11 +75,40 @@ def test_models_that_were_asked_in_different_ways_are_not_compared(tmp_path):
     write_evaluation(tmp_path, "backbone", "backbone", rows)
     write_evaluation(tmp_path, "math", "sft/math", rows)
     write_evaluation(tmp_path, "math-tinyr1", "sft/math", rows, protocol="tinyr1")
-    assert analysis.gain_frame(tmp_path)["model"].to_list() == ["sft/math"]
+    assert comparisons.gain_frame(tmp_path)["model"].to_list() == ["sft/math"]
+
+
+def test_a_leader_is_clear_where_every_other_is_worse(tmp_path):
+    """29 of 30 right beside 9 and 3; then beside 28."""
+    problems = [f"p{i}" for i in range(30)]
+
+    def rows(right):
+        return [(problem, 0, i < right) for i, problem in enumerate(problems)]
+
+    for variant, model, right in (("math", "sft/math", 29), ("backbone", "backbone", 3), ("code", "sft/code", 9)):
+        write_evaluation(tmp_path, variant, model, rows(right))
+    leader = comparisons.leader_frame(tmp_path).iloc[0]
+    assert (leader["benchmark"], leader["model"], leader["others"], leader["clear"]) == (
+        "b",
+        "sft/math",
+        2,
+        True,
+    )
+    write_evaluation(tmp_path, "mixture", "sft/mixture", rows(28))
+    assert not comparisons.leader_frame(tmp_path).iloc[0]["clear"]
+
+
+def test_the_leader_of_the_mean_is_compared_over_all_benchmarks(run):
+    frame = comparisons.leader_frame(run).set_index("benchmark")
+    average = analysis.average_frame(analysis.accuracy_frame(run)).set_index("model")["pass_at_1"]
+    assert frame.loc["mean", "model"] == average.idxmax() and frame.loc["mean", "others"] == len(average) - 1
+    accuracy = analysis.accuracy_frame(run)
+    for benchmark, part in accuracy.groupby("benchmark"):
+        assert frame.loc[benchmark, "model"] == part.loc[part["pass_at_1"].idxmax(), "model"]
 
 
 def test_merge_frame_refers_to_the_domains_own_branch(run):
-    frame = analysis.merge_frame(run)
+    frame = comparisons.merge_frame(run)
     assert set(frame["kind"]) == {"backbone", "mixture", "merged model"}
     assert (frame["reference"] == "sft/" + frame["domain"]).all()
     accuracy = analysis.accuracy_frame(run).set_index(["model", "benchmark"])["pass_at_1"]
@@ -192,14 +230,52 @@ def test_incomplete_run_is_analysed_and_names_what_is_missing(run, tmp_path):
 
 
 def test_empty_run_gives_empty_frames_with_their_columns(tmp_path):
-    for function in (analysis.accuracy_frame, analysis.gain_frame, analysis.merge_frame, analysis.token_frame):
+    for function in (analysis.accuracy_frame, comparisons.gain_frame, comparisons.merge_frame, analysis.token_frame):
         assert function(tmp_path).empty and "origin" in function(tmp_path)
     accuracy = reported.beside(analysis.accuracy_frame(tmp_path), reported.accuracy_rows())
-    assert tables.main_table(accuracy, analysis.average_frame(accuracy)).empty
+    assert tables.main_table(accuracy, analysis.average_frame(accuracy), comparisons.leader_frame(tmp_path)).empty
     assert (
-        tables.summary(analysis.gain_frame(tmp_path), analysis.merge_frame(tmp_path), pd.DataFrame({"kind": []})) == []
+        tables.summary(comparisons.gain_frame(tmp_path), comparisons.merge_frame(tmp_path), pd.DataFrame({"kind": []}))
+        == []
     )
     assert analysis.main_metrics(accuracy, ["sft/math"]) == {"models": {}, "missing": ["sft/math"]}
+
+
+def test_a_merge_pays_for_its_branches(run):
+    hours = overview.hours_frame(run).set_index("model")
+    assert hours.loc["sft/math", "training_hours"] == pytest.approx(12.5 / 3600)
+    assert hours.loc["merge/linear", "training_hours"] == pytest.approx(3 * 12.5 / 3600)
+    assert hours.loc["merge/linear", "merge_hours"] == pytest.approx(12.5 / 3600)
+    assert math.isnan(hours.loc["sft/mixture", "merge_hours"])
+
+
+def test_twins_of_the_papers_tables(run):
+    accuracy, stated = analysis.accuracy_frame(run), reported.reported_frame()
+    headline = overview.headline_frame(accuracy)
+    assert list(dict.fromkeys(headline["model"])) == ["backbone", "sft/mixture", "merge/arcee_fusion"]
+    first = paper_tables.table_1(headline, stated).set_index(["origin", "model"])
+    math_score = "math: AIME24 / micro-math (%)"
+    assert first.loc[("reported", "TinyR1-32B"), math_score] == "78.1"
+    assert first.loc[("reported", "TinyR1-32B"), "tokens, code: LiveCodeBench / micro-code"] == "12400"
+    own = accuracy.set_index(["model", "benchmark"]).loc[("merge/arcee_fusion", "micro-math")]
+    assert first.loc[("this run", "Arcee Fusion"), math_score] == f"{100 * own['pass_at_1']:.1f} ± 4.0"
+    second = paper_tables.table_2(accuracy, overview.hours_frame(run), stated).set_index(["origin", "model"])
+    assert second.loc[("reported", "mixture"), "training (device hours)"] == "740"
+    assert second.loc[("reported", "TinyR1-32B"), ["training (device hours)", "merge (device hours)"]].to_list() == [
+        "–",
+        "4",
+    ]
+    assert second.loc[("this run", "linear (soup)"), "training (device hours)"] == "0.01"
+    assert ("this run", "backbone") not in second.index
+    assert paper_tables.table_3(accuracy, stated).empty  # the run asked for none of its benchmarks
+    general = accuracy.assign(benchmark=accuracy["benchmark"].replace("micro-code", "human-eval"))
+    third = paper_tables.table_3(general, stated).set_index(["origin", "model"])
+    assert third.loc[("reported", "code branch"), "BBH (%)"] == "63.5"
+    assert (
+        third.loc[("this run", "code branch"), "HumanEval (%)"]
+        != "–"
+        == third.loc[("this run", "code branch"), "BBH (%)"]
+    )
 
 
 def test_costs_come_from_provenance(run):
@@ -214,7 +290,7 @@ def test_costs_come_from_provenance(run):
         ("Table 1", "DeepSeek-R1-Distill-Qwen-32B", "AIME24", "pass_at_1_percent", 72.6),
         ("Table 1", "TinyR1-32B-Preview", "LiveCodeBench", "output_tokens", 12400),
         ("Table 2", "(math + code) + science", "LiveCodeBench", "pass_at_1_percent", 63.8),
-        ("Table 2", "data mixture", "", "gpu_hours", 740),
+        ("Table 2", "data mixture", "", "training_gpu_hours", 740),
         ("Figure 2", "DARE-TIES", "GPQA-Diamond", "pass_at_1_percent", 34.85),
         ("Table 3", "science branch", "BBH", "score_percent", 61.1),
         ("Stress test", "Qwen2.5-1.5B", "MMLU", "accuracy_longer_right_percent", 89),
@@ -226,23 +302,8 @@ def test_reported_numbers(table, model, benchmark, metric, value):
 
 
 def test_reported_rows_are_marked_and_without_interval(run):
-    frame = reported.beside(analysis.merge_frame(run), reported.merge_rows())
+    frame = reported.beside(comparisons.merge_frame(run), reported.merge_rows())
     rows = frame[frame["origin"] == "reported"].set_index("model")
     assert rows.loc["Arcee Fusion", "difference"] == pytest.approx(0.0454) and rows["low"].isna().all()
     drops = pd.DataFrame(reported.stress_rows()).set_index("change")["difference"]
     assert drops.to_dict() == {"longer_right": 0.29, "longer_wrong": -0.24, "problem_type": -0.25, "all_changes": -0.06}
-
-
-def test_notebook_06_runs_headless(run, tmp_path):
-    target = tmp_path / "fake"
-    shutil.copytree(run, target)
-    notebook = ROOT / "notebooks" / "06_analysis.ipynb"
-    papermill.execute_notebook(
-        notebook, tmp_path / "executed.ipynb", {"run_dir": str(target)}, progress_bar=False, cwd=str(ROOT)
-    )
-    manifest = json.loads((target / "analysis" / "report" / "manifest.json").read_text())
-    assert manifest["inputs"] == status.manifest_digests(target)
-    assert "report.html" in manifest["outputs"] and "figures/stress_drops.pdf" in manifest["outputs"]
-    assert "cost.csv" not in manifest["outputs"] and manifest["metrics"]["missing"] == []
-    assert len(manifest["metrics"]["models"]) == 10
-    assert str(tmp_path) not in (target / "analysis" / "report" / "report.html").read_text()

@@ -1,6 +1,4 @@
-"""Figures that draw the same bytes twice and clip nothing; tables; the self-contained report."""
-
-import re
+"""Figures that draw the same bytes twice and clip nothing; tables."""
 
 import fake_run
 import matplotlib.pyplot as plt
@@ -8,7 +6,20 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from tinyr1_utils import analysis, figures, merge_analysis, overview, plotting, reported, stress_analysis, tables
+from tinyr1_utils import (
+    analysis,
+    comparisons,
+    figures,
+    merge_analysis,
+    overview,
+    plotting,
+    reported,
+    run_comparison,
+    stress_analysis,
+    tables,
+)
+
+NO_LEADER = pd.DataFrame(columns=comparisons.LEADER)
 
 
 def two_fusions(choices):
@@ -16,16 +27,30 @@ def two_fusions(choices):
     return choices.assign(series=choices["series"].where(choices["model"] != "merge/linear", "delta"))
 
 
+def branches_alone(gains):
+    return gains[gains["kind"].isin(["branch", "mixture"])]
+
+
+def other_run(run):
+    """The same problems under another seed."""
+    return fake_run.build(run.parent / "other", seed=1)
+
+
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory):
     run = fake_run.build(tmp_path_factory.mktemp("runs") / "fake")
     return {
         "accuracy_by_model": reported.beside(analysis.accuracy_frame(run), reported.accuracy_rows()),
-        "merge_recipes": reported.beside(analysis.merge_frame(run), reported.merge_rows()),
+        "merge_recipes": reported.beside(comparisons.merge_frame(run), reported.merge_rows()),
         "curation_funnel": analysis.funnel_frame(run),
         "loss_curves": analysis.loss_frame(run),
         "token_lengths": reported.beside(analysis.token_frame(run), reported.token_rows()),
         "stress_drops": reported.beside(stress_analysis.stress_frame(run), reported.stress_rows()),
+        "accuracy_bars": reported.beside(
+            overview.headline_frame(analysis.accuracy_frame(run)), reported.accuracy_rows(("Table 1",))
+        ),
+        "branch_gains": branches_alone(comparisons.gain_frame(run)),
+        "run_differences": run_comparison.against_runs(run, [other_run(run)]),
         "branch_and_merge": overview.parts_frame(run),
         "accuracy_by_cost": overview.tradeoff_frame(run),
         "dose_response": stress_analysis.dose_frame(run),
@@ -35,7 +60,7 @@ def frames(tmp_path_factory):
         "kept_by_layer": merge_analysis.reference_kept(run),
         "delta_cosines": merge_analysis.reference_deltas(run),
         "kept_overlap": merge_analysis.overlap_frame(run, (0.1, 1.0)),
-        "gains": analysis.gain_frame(run),
+        "gains": comparisons.gain_frame(run),
     }
 
 
@@ -91,7 +116,7 @@ def test_figures_save_the_same_bytes_twice_and_redraw_from_their_csv(frames, tmp
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_empty_frame_gives_a_note(frames, name):
     figure = figures.FIGURES[name](frames[name].head(0))
-    assert len(figure.texts) == 1 and not figure.axes
+    assert len(figure.texts) == 1 and not any(axes.axison for axes in figure.axes)
 
 
 def test_a_stress_test_of_few_problems_is_drawn_and_few_among_many_are_not(frames):
@@ -123,37 +148,24 @@ def test_tables_in_three_formats(frames, tmp_path):
     assert plain.splitlines()[0].startswith("model_name,math (micro-math)")
 
 
+def test_the_best_is_bold_where_it_is_clearly_best(frames, tmp_path):
+    accuracy = frames["accuracy_by_model"]
+    rows = [("micro-math", "sft/math", 9, True), ("micro-code", "sft/code", 9, False), ("mean", "sft/mixture", 9, True)]
+    leaders = pd.DataFrame(rows, columns=comparisons.LEADER)
+    table = tables.main_table(accuracy, analysis.average_frame(accuracy), leaders)
+    markdown, latex, plain = (path.read_text() for path in tables.save_table(table, tmp_path, "main"))
+    html = tables.styled(table).to_html()
+    bold = [table.iloc[1, 1], table.iloc[4]["mean"]]
+    assert markdown.count("**") == 4 and all(f"| **{text}** |" in markdown for text in bold)
+    assert latex.count(r"\textbf{") == 2 and r"\textbf{" + bold[0].replace("±", r"$\pm$") in latex
+    assert html.count(' best"') + html.count('best"') >= 2 and "*" not in plain
+
+
 def test_main_table_marks_what_is_reported(frames):
     accuracy = frames["accuracy_by_model"]
-    table = tables.main_table(accuracy, analysis.average_frame(accuracy)).set_index("model")
+    table = tables.main_table(accuracy, analysis.average_frame(accuracy), NO_LEADER).set_index("model")
     assert table.loc["Arcee Fusion", "reported, 32B: AIME24"] == "78.1"
     assert table.loc["TIES", "reported, 32B: AIME24"] == tables.EMPTY
     own = accuracy.iloc[0]
     assert table.loc["backbone", "math (micro-math)"] == f"{100 * own['pass_at_1']:.1f} ± {100 * own['stderr']:.1f}"
     assert 'class="data row0 col5 reported"' in tables.styled(table.reset_index()).to_html()
-
-
-def test_report_is_self_contained_and_holds_the_numbers(frames, tmp_path):
-    shown = {name: frames[name] for name in ("stress_drops", "curation_funnel", "loss_curves")}
-    shown["loss_curves"] = shown["loss_curves"].head(0)
-    for name in ("stress_drops", "curation_funnel"):
-        figures.drawn(name, frames[name], tmp_path)
-    accuracy = frames["accuracy_by_model"]
-    average = analysis.average_frame(accuracy)
-    parts = {"main": tables.main_table(accuracy, average), "stress_drops": tables.stress_table(frames["stress_drops"])}
-    said = tables.summary(frames["gains"], frames["merge_recipes"], average)
-    arguments = ("A & B", shown, parts, tmp_path, said, ["sft/code"])
-    text = tables.report_html(tmp_path / "report.html", *arguments).read_text()
-    assert text == tables.report_html(tmp_path / "again.html", *arguments).read_text()
-    sources = re.findall(r'src="([^"]*)"', text)
-    assert len(sources) == 2 and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert not re.search(r'(src|href)="(https?:)?//|@import|url\(|<script', text)
-    assert text.count('alt="') == 2 and "A &amp; B" in text and "Not done: sft/code" in text
-    for cell in [*parts["main"].to_numpy().ravel(), *parts["stress_drops"]["difference (points)"]]:
-        assert f">{cell}<" in text, cell
-    assert (
-        "n = 30 problems" in text
-        and "95 % interval (Wilson for pass@1, Student for differences)" in text
-        and "No data yet for: loss curves" in text
-    )
-    assert str(tmp_path) not in text

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import papermill
 import pytest
 
 from tinyr1_utils.config import STAGES, load_config, stage_parameters
@@ -167,6 +168,15 @@ def violations(notebook: dict, name: str) -> list[str]:
         *cells_wrong(notebook),
         *sections_wrong(notebook),
     ]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_papermill_tells_type_default_and_meaning_of_every_parameter(name):
+    found = papermill.inspect_notebook(str(ROOT / "notebooks" / f"{name}.ipynb"))
+    assert found.keys() >= {"run_dir", "variant"}
+    for parameter, facts in found.items():
+        assert facts["inferred_type_name"] in {"str", "int", "float", "bool"} and facts["default"], parameter
+        assert len(facts["help"]) > 3, f"{parameter}: no comment says what it means"
 
 
 def test_the_six_notebooks_are_there():

@@ -75,6 +75,23 @@ def test_run_all_in_jupyter_leaves_the_batch_runs_manifest(project):
     assert manifests(project, "micro")["curation/math/manifest.json"] == by_hand
 
 
+def test_one_notebook_by_papermill_alone(project):
+    """Without Snakemake and without a config; the executed copy is the log, with the time of each cell."""
+    papermill, out = Path(sys.executable).with_name("papermill"), project / "out.ipynb"
+    given = {"run_dir": "papermill_runs/alone", "benchmarks": "micro-science", "limit": "3", "n_samples": "1"}
+    given |= {"variant": "backbone", "model": "backbone", "backend": "transformers", "max_new_tokens": "16"}
+    options = [word for name, value in given.items() for word in ("-p", name, value)]
+    command = [papermill, "notebooks/04_evaluation.ipynb", out, *options]
+    subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=300)
+    manifest = json.loads(manifests(project, "alone")["evaluation/backbone/manifest.json"])
+    assert manifest["metrics"]["benchmarks"]["micro-science"]["n_problems"] == 3
+    cells = [cell for cell in nbformat.read(out, as_version=4).cells if cell.cell_type == "code"]
+    assert all(cell.metadata.papermill.duration >= 0 and cell.execution_count for cell in cells)
+    command = [papermill, "--help-notebook", "notebooks/04_evaluation.ipynb"]
+    told = subprocess.run(command, cwd=project, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert re.search(r"n_samples: int \(default 4\)\s+completions per problem; 0: the benchmark's own number", told)
+
+
 def test_shards_of_a_cluster_and_the_notebook_alone_leave_the_same_manifest(project):
     """Two `scan` jobs, then the notebook, which takes up their parts; against the notebook alone."""
     alone = write_config(project, "alone", curation={"shared": {"limit": 900}})
@@ -166,8 +183,11 @@ def test_whole_pipeline_and_a_second_run_that_does_nothing(project):
     assert set(numbers["changes"]) == {"four_way", "true_false", "yes_no"}
     choices = json.loads(before["stress/backbone/manifest.json"])["metrics"]["scorings"]
     assert set(choices) == {"generated", "mean"} and len(choices["mean"]["changes"]) == 6
-    report = project / "papermill_runs/small/analysis/report/report.html"
+    report = project / "papermill_runs/small/report.html"
     assert str(report.relative_to(project)) in first.stdout and report.is_file()
+    executed = {path.parent.relative_to(report.parent) for path in report.parent.glob("*/*/executed.html")}
+    assert executed == {Path(name).parent for name in before}
+    assert all(f'href="{name}/executed.html"' in report.read_text() for name in executed)
     stamps = {path: path.stat().st_mtime_ns for path in project.glob("papermill_runs/small/*/*/manifest.json")}
     second = run_all(project, config)
     assert second.returncode == 0
@@ -228,6 +248,8 @@ def test_failing_notebook_is_named_with_its_error_and_its_executed_copy(project)
     assert process.returncode == 1
     assert "02_branch_sft.ipynb" in output and "curation/math is not done" in output
     assert "papermill_runs/broken/sft/math/executed.ipynb" in output
+    page = (project / "papermill_runs/broken/sft/math/executed.html").read_text()
+    assert "FileNotFoundError" in page and "curation/math is not done" in page
 
 
 def test_make_alone_prints_the_targets():

@@ -39,6 +39,8 @@ def run(tmp_path, monkeypatch):
         file.write_text(json.dumps(manifest))
     for manifest in folder.glob("*/*/manifest.json"):
         nbformat.write(notebook, manifest.with_name("executed.ipynb"))
+        manifest.with_name("executed.html").write_text(str(tmp_path))
+    (folder / "report.html").write_text(str(tmp_path))
     return folder
 
 
@@ -56,6 +58,7 @@ def test_what_is_published(run, tmp_path, monkeypatch):
     }
     assert sorted(path.name for path in (target / "analysis").glob("*.csv")) == ["drawn.csv"]
     assert [path.name for path in (target / "tables").iterdir()] == ["main.md"]
+    assert not list(target.rglob("*.html")), "pages tell of this machine, and git hosts show notebooks as they are"
     shown = sorted(path.parent.name for path in (target / "evaluation").glob("*/executed.ipynb"))
     assert shown == ["arcee_fusion", "backbone", "code"]
     text = (target / "evaluation" / "backbone" / "executed.ipynb").read_text()

@@ -12,7 +12,13 @@ from tinyr1_utils import stage_runner
 from tinyr1_utils.artifacts import describe_output
 from tinyr1_utils.config import project_root
 from tinyr1_utils.records import Score, read_records, write_records
-from tinyr1_utils.run_comparison import parameter_differences, score_differences
+from tinyr1_utils.run_comparison import (
+    against_runs,
+    other_digests,
+    parameter_differences,
+    parameters_against,
+    score_differences,
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +68,20 @@ def test_the_command_names_a_run_that_is_not_there(capsys):
         stage_runner.main(["compare", "micro-nowhere", "micro"])
     assert "no run micro-nowhere" in capsys.readouterr().err
     assert not (project_root() / "papermill_runs/micro-nowhere").exists()
+
+
+def test_a_run_beside_several_others(runs, tmp_path):
+    first, second, _ = runs
+    frame = against_runs(first, [second])
+    row = frame.set_index(["model", "benchmark"]).loc[("backbone", "micro-math")]
+    assert row["difference"] < 0 and row["run"] == "second" and row["panel"] == "micro-math, minus second"
+    assert set(frame["model"]) == set(fake_run.MODELS.values())
+    changed = parameters_against(first, [second])
+    assert changed[["run", "parameter", "first", "second"]].to_numpy().tolist() == [
+        ["second", "temperature", "1.0", ""]
+    ]
+    assert against_runs(first, []).empty and parameters_against(first, []).empty
+    digests = other_digests([second])
+    assert "run:second/evaluation/backbone" in digests and not any("analysis" in name for name in digests)
+    with pytest.raises(FileNotFoundError, match="nothing is no run folder"):
+        other_digests([tmp_path / "nothing"])

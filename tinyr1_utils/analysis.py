@@ -1,8 +1,8 @@
-"""Owns every statistic that a table or figure shows: a run's manifests and scores -> tidy pandas frames.
+"""Owns the statistics of a run's models one by one: manifests, scores and loss curves -> tidy pandas frames.
 
-Does not draw, does not format and writes nothing. Rates are shares in [0, 1]; `low` and `high` bound the
-interval at the column `confidence` (`metrics.rate_interval` for pass@1, `averaged` for means, else
-`metrics.interval`), from a standard error clustered by problem; `origin` is `this run` or `reported`.
+Does not draw, does not format and writes nothing; models are compared in `comparisons`. Rates are shares in [0, 1];
+`low` and `high` bound the interval at the column `confidence` (`metrics.rate_interval` for pass@1, `averaged` for
+means, else `metrics.interval`), from a standard error clustered by problem; `origin` is `this run` or `reported`.
 Models come in the order backbone, branches, mixture, merged models. What a run has not finished is left out of the
 frames and named by `status.missing`.
 """
@@ -17,7 +17,7 @@ import pandas as pd
 from tinyr1_utils import looks
 from tinyr1_utils.artifacts import completed, output
 from tinyr1_utils.config import BACKBONE, names
-from tinyr1_utils.metrics import Estimate, clustered_mean, interval, paired_difference, rate_interval, sign_test
+from tinyr1_utils.metrics import Estimate, clustered_mean, interval, rate_interval
 from tinyr1_utils.records import DOMAINS, GENERAL, Score, require_records
 from tinyr1_utils.sft_data import held_out_frame
 from tinyr1_utils.sources import SOURCES
@@ -26,8 +26,6 @@ ORDER = (*DOMAINS, GENERAL)
 MODEL = ["origin", "model", "kind", "benchmark", "domain"]
 ESTIMATE = ["stderr", "low", "high", "n_problems", "confidence"]
 ACCURACY = [*MODEL, "pass_at_1", *ESTIMATE, "n_samples", "truncation_rate", "output_tokens"]
-GAIN = [*MODEL, "reference", "difference", *ESTIMATE, "p_value", "unpaired"]
-MERGE = [*GAIN, "recipe", "merge_order", "settings", "changed_fraction"]
 QUANTILES = {"p10": 0.10, "p25": 0.25, "p50": 0.50, "p75": 0.75, "p90": 0.90}
 TOKENS = [*MODEL, "mean", *ESTIMATE, *QUANTILES, "n_completions", "truncation_rate"]
 FUNNEL = ["variant", "domain", "step", "filter", "rows", "tokens", "kept_share", "broken_lines"]
@@ -53,7 +51,7 @@ def _stage(run: dict[str, dict], stage: str) -> dict[str, dict]:
     return {name.split("/", 1)[1]: manifest for name, manifest in run.items() if name.startswith(f"{stage}/")}
 
 
-def _model_domains(run: dict[str, dict], model: str) -> tuple[str, ...]:
+def model_domains(run: dict[str, dict], model: str) -> tuple[str, ...]:
     """The domains that a model of stage sft was trained on; all of them for an unknown `mixture`."""
     variant = model.rpartition("/")[2]
     assumed = ",".join(DOMAINS) if variant == "mixture" else variant
@@ -66,7 +64,7 @@ def _kind(run: dict[str, dict], model: str) -> str:
         return "backbone"
     if model.startswith("merge/"):
         return "merged model"
-    return "mixture" if len(_model_domains(run, model)) > 1 else "branch"
+    return "mixture" if len(model_domains(run, model)) > 1 else "branch"
 
 
 def models(run: dict[str, dict], stage: str) -> list[tuple[str, str, str]]:
@@ -100,16 +98,9 @@ def benchmark_rows(run: dict[str, dict], split: str = "test") -> list[tuple[dict
     return rows
 
 
-def _scores(run_dir: Path, variant: str, benchmark: str) -> list[Score]:
+def model_scores(run_dir: Path, variant: str, benchmark: str) -> list[Score]:
+    """The scores of one evaluation variant on one benchmark."""
     return require_records(output(run_dir, f"evaluation/{variant}", f"scores-{benchmark}.jsonl"), Score)
-
-
-def _by_problem(scores: list[Score], value: Callable[[Score], float]) -> dict[str, list[float]]:
-    """problem id -> one value per sample."""
-    grouped: dict[str, list[float]] = {}
-    for score in scores:
-        grouped.setdefault(score.problem_id, []).append(float(value(score)))
-    return grouped
 
 
 def accuracy_frame(run_dir: Path, confidence: float = 0.95, split: str = "test") -> pd.DataFrame:
@@ -154,74 +145,6 @@ def average_frame(accuracy: pd.DataFrame, confidence: float = 0.95) -> pd.DataFr
     return pd.DataFrame(rows, columns=["model", "kind", "pass_at_1", *ESTIMATE])
 
 
-def _way(run: dict[str, dict], variant: str) -> tuple[str, str]:
-    """How an evaluation asked and scored."""
-    parameters = run[f"evaluation/{variant}"]["parameters"]
-    return parameters.get("protocol", "default"), parameters.get("choice_scoring", "generated")
-
-
-def compare(run_dir: Path, rows: list, references: dict[str, tuple[str, str]], confidence: float) -> list[dict]:
-    """Each row of `benchmark_rows` minus the reference (model, variant) of its benchmark, on the problems both have.
-
-    A model that was asked by another protocol or scored in another way than the reference is not compared with it.
-    `p_value` is the exact sign test's (McNemar's with one sample a problem), uncorrected for the number of comparisons;
-    `unpaired` counts the problems that only one of the two has (runs with another limit).
-    """
-    compared, run = [], completed(run_dir)
-    for columns, variant, _ in rows:
-        benchmark = columns["benchmark"]
-        reference, reference_variant = references.get(benchmark, ("", ""))
-        if not reference or reference == columns["model"] or _way(run, variant) != _way(run, reference_variant):
-            continue
-        ours, theirs = (
-            _by_problem(_scores(run_dir, v, benchmark), lambda s: s.correct) for v in (variant, reference_variant)
-        )
-        shared = ours.keys() & theirs.keys()
-        if not shared:
-            continue
-        pair = {i: ours[i] for i in shared}, {i: theirs[i] for i in shared}
-        estimate = paired_difference(*pair)
-        facts = {"reference": reference, "difference": estimate.mean, "p_value": sign_test(*pair)}
-        facts["unpaired"] = len(ours.keys() ^ theirs.keys())
-        compared.append(columns | facts | estimate_columns(estimate, confidence))
-    return compared
-
-
-def gain_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
-    """pass@1 of each model minus the backbone's, paired by problem, per benchmark; columns GAIN."""
-    rows = benchmark_rows(completed(run_dir))
-    references = {c["benchmark"]: (BACKBONE, variant) for c, variant, _ in rows if c["model"] == BACKBONE}
-    return pd.DataFrame(compare(run_dir, rows, references, confidence), columns=GAIN)
-
-
-def _own_branches(run: dict[str, dict], rows: list) -> dict[str, tuple[str, str]]:
-    """benchmark -> (model, variant) of its domain's own branch; where there is none, the branch that scores best."""
-    best: dict[str, tuple[tuple[bool, float], tuple[str, str]]] = {}
-    for columns, variant, facts in rows:
-        if columns["kind"] == "branch":
-            model = columns["model"]
-            rank = (columns["domain"] in _model_domains(run, model.partition("@")[0]), facts["pass_at_1"])
-            if columns["benchmark"] not in best or rank > best[columns["benchmark"]][0]:
-                best[columns["benchmark"]] = (rank, (model, variant))
-    return {benchmark: reference for benchmark, (_, reference) in best.items()}
-
-
-def merge_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
-    """pass@1 of backbone, mixture and merged models minus that of the domain's own branch, paired; columns MERGE.
-
-    `changed_fraction` is the share of elements in which the merged model differs from the backbone.
-    """
-    run = completed(run_dir)
-    rows = benchmark_rows(run)
-    others = [row for row in rows if row[0]["kind"] != "branch"]
-    compared = compare(run_dir, others, _own_branches(run, rows), confidence)
-    for row in compared:
-        manifest = run.get(row["model"].partition("@")[0], {}) if row["kind"] == "merged model" else {}
-        facts = manifest.get("parameters", {}) | manifest.get("metrics", {})
-        row.update({name: facts[name] for name in MERGE[len(GAIN) :] if name in facts})
-    return pd.DataFrame(compared, columns=MERGE)
-
-
 def token_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
     """Output tokens of a completion per model x benchmark: mean with its interval, quantiles; columns TOKENS.
 
@@ -230,10 +153,10 @@ def token_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
     """
     rows = []
     for columns, variant, _ in benchmark_rows(completed(run_dir)):
-        scores = _scores(run_dir, variant, columns["benchmark"])
+        scores = model_scores(run_dir, variant, columns["benchmark"])
         if scores:
             lengths = pd.Series([score.output_tokens for score in scores])
-            mean = clustered_mean(list(_by_problem(scores, lambda s: s.output_tokens).values()))
+            mean = clustered_mean(lengths.groupby([score.problem_id for score in scores]).apply(list).to_list())
             facts = {name: float(lengths.quantile(share)) for name, share in QUANTILES.items()}
             facts |= {"mean": mean.mean, "n_completions": len(scores)}
             facts |= {"truncation_rate": sum(score.truncated for score in scores) / len(scores)}

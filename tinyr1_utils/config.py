@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tinyr1_utils.records import DOMAINS
 
@@ -35,6 +44,13 @@ def nearest(word: str, known) -> str:
     """`; did you mean 'x'?` for the known word that is closest, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def known_domain(domain: str) -> str:
+    """The domain. Raises ValueError where there is none of that name."""
+    if domain not in DOMAINS:
+        raise ValueError(f"unknown domain {domain!r}; one of {', '.join(DOMAINS)}{nearest(domain, DOMAINS)}")
+    return domain
 
 
 class StageParameters(BaseModel):
@@ -79,7 +95,7 @@ class CurationParameters(StageParameters):
         "similar_share", "near_duplicate_similarity", "traces_per_problem", "choice", "caps", "limit", "time_limit_s",
         "teacher_samples", "teacher_budget_tokens", "teacher_budget_usd", "teacher_usd_per_million",
     })  # fmt: skip
-    domain: Literal["math", "code", "science"]
+    domain: Annotated[str, AfterValidator(known_domain)]
     sources: str
     columns: str = ""
     data_root: str
@@ -184,8 +200,7 @@ class SftParameters(StageParameters):
     @classmethod
     def known_domains(cls, text: str, info: ValidationInfo) -> str:
         for domain in names(text):
-            if domain not in DOMAINS:
-                raise ValueError(f"unknown domain {domain!r}; one of {', '.join(DOMAINS)}{nearest(domain, DOMAINS)}")
+            known_domain(domain)
         if info.field_name == "domains" and not names(text):
             raise ValueError(f"names no domain; give one or more of {', '.join(DOMAINS)}")
         return text
@@ -387,6 +402,7 @@ class AnalysisParameters(StageParameters):
     title: str
     confidence: Annotated[float, Field(gt=0, lt=1)]
     delta_scales: str
+    other_runs: str = ""
 
     @field_validator("delta_scales")
     @classmethod

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from tinyr1_utils import deltas, recipes
-from tinyr1_utils.analysis import ESTIMATE, accuracy_frame, average_frame, averaged, benchmark_rows, compare
+from tinyr1_utils.analysis import ESTIMATE, accuracy_frame, average_frame, benchmark_rows
 from tinyr1_utils.artifacts import completed, output, output_folder
+from tinyr1_utils.comparisons import compare, mean_differences
 from tinyr1_utils.config import names
 
 REFERENCE = "merge/arcee_fusion"
@@ -94,13 +95,12 @@ def _differences(run_dir: Path, confidence: float) -> dict[str, dict]:
     """model -> its mean difference to REFERENCE over the test benchmarks, with bounds."""
     rows = benchmark_rows(completed(run_dir))
     references = {c["benchmark"]: (REFERENCE, variant) for c, variant, _ in rows if c["model"] == REFERENCE}
-    compared = pd.DataFrame(compare(run_dir, rows, references, confidence))
-    found = {}
-    for model, group in compared.groupby("model") if len(compared) else ():
-        mean = averaged(group, "difference", confidence)
-        bounds = {"difference_low": mean["low"], "difference_high": mean["high"]}
-        found[model] = {"reference": REFERENCE, "difference": mean["difference"]} | bounds
-    return found
+    means = mean_differences(compare(run_dir, rows, references, confidence), confidence)
+    return {
+        row.model: {"reference": REFERENCE, "difference": row.difference}
+        | {"difference_low": row.low, "difference_high": row.high}
+        for row in means.itertuples()
+    }
 
 
 def kept_fraction_frame(choices: pd.DataFrame) -> pd.DataFrame:

@@ -1,17 +1,22 @@
-"""Owns the figures of merging, for notebook 03 and for a whole run: a frame of `deltas` or `merge_analysis` in.
+"""Owns the figures of merging, for notebook 03 and for a whole run: a frame of `deltas`, `merge_analysis` or
+`merge_reading` in.
 
 Reads no run, computes no statistic, saves nothing. Every figure is 7 in wide (text width).
 """
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from tinyr1_utils import looks
 from tinyr1_utils.plotting import PANEL_IN, ROW_IN, TEXT_WIDTH_IN, marker_size, note, styled
 
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # in their order in a layer
+RAREST_BAR = 0.1  # percent; axes end where every bar is lower
 WIDEST_LOSS = -15.0  # points; a merge that fell further is named at the edge, so that the others can be told apart
 
 
@@ -139,5 +144,77 @@ def merge_choices(frame: pd.DataFrame) -> Figure:
     axes.grid(axis="y", visible=False)
     reference = looks.look(shown["reference"].iloc[0]).label
     axes.set(xlabel=f"mean pass@1 minus {reference} (points)", ylabel="model")
+    plt.close(figure)
+    return figure
+
+
+def _bars(row) -> tuple[np.ndarray, np.ndarray]:
+    """The left edges of a tensor's histogram and its bars in percent of the elements."""
+    return 2.0 ** (row.lowest + np.arange(len(row.counts))), 100 * row.counts / row.elements
+
+
+def _importances(axes: Axes, row) -> None:
+    """One tensor's histogram, its threshold and what was kept."""
+    lefts, shares = _bars(row)
+    axes.bar(lefts, shares, lefts, align="edge", color="0.7", edgecolor="white", linewidth=0.2)
+    if row.threshold > 0:
+        axes.axvline(row.threshold, color="black", linestyle="--", linewidth=0.8)
+    zeros = 100 * row.zeros / row.elements
+    said = [f"kept {100 * row.kept_fraction:.1f} %", f"zero {zeros:.1f} %" if zeros >= RAREST_BAR else ""]
+    said.append("degenerate" if row.degenerate else "")
+    axes.text(0.03, 0.96, "\n".join(filter(None, said)), transform=axes.transAxes, va="top", fontsize=6)
+    axes.yaxis.set_major_formatter("{x:.0f} %")
+
+
+def _mask(axes: Axes, row, densest: float) -> AxesImage:
+    """One tensor's kept share by block of rows and columns, in percent."""
+    image = axes.imshow(100 * row.density, vmin=0, vmax=densest, cmap="viridis", aspect="auto", interpolation="none")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _place(tensor: str) -> tuple[int, str]:
+    """A sort key: MODULES in their order, then the others by name."""
+    name = tensor.removesuffix(".weight").rpartition(".")[2]
+    return (MODULES.index(name) if name in MODULES else len(MODULES)), tensor
+
+
+def _share_axes(grid: np.ndarray, matrices: list) -> None:
+    """The same axes for all histograms, labelled at the left and below."""
+    bars = [pair for row in matrices for pair in zip(*_bars(row), strict=True)]
+    seen = [edge for edge, share in bars if share >= RAREST_BAR] or [1.0]
+    highest = max((share for _, share in bars), default=1.0)
+    for axes in grid.flat:
+        axes.set(xscale="log", xlim=(min(seen), 2 * max(seen)), ylim=(0, 1.45 * highest), xlabel="importance")
+        axes.xaxis.set_minor_formatter("")
+        axes.label_outer()
+
+
+@styled
+def merge_layer(frame: pd.DataFrame) -> Figure:
+    """How a layer was fused, in exact arithmetic: a row per matrix, and per step its importances and where its mask is.
+
+    Bars: elements by importance, one per factor of two, and the share of those whose importance is 0; dashed: the
+    threshold. Beside them the kept share of each block of rows and columns. Vectors are left out. Frame:
+    `merge_reading.layer_frame`.
+    """
+    matrices = [row for row in frame.itertuples() if len(row.shape) > 1]
+    if not matrices:
+        return note("reading a layer: this recipe keeps no elements of it by a threshold on their importance")
+    tensors = sorted({row.tensor for row in matrices}, key=_place)
+    n_steps, size = frame["step"].max(), (TEXT_WIDTH_IN, 0.62 * len(tensors) + 0.7)
+    figure, grid = plt.subplots(len(tensors), 2 * n_steps, squeeze=False, figsize=size, width_ratios=[2, 1] * n_steps)
+    densest = max(RAREST_BAR, *(100 * row.density.max() for row in matrices))
+    for row in matrices:
+        left, right = grid[tensors.index(row.tensor)][2 * row.step - 2 : 2 * row.step]
+        _importances(left, row)
+        image = _mask(right, row, densest)
+        if row.step == 1:
+            left.set_ylabel(f"{row.module.rpartition('.')[2]}\n{' × '.join(map(str, row.shape))}")
+        if left in grid[0]:
+            left.set_title(f"step {row.step}: {row.base} ← {row.other}")
+    _share_axes(grid[:, ::2], matrices)
+    figure.colorbar(image, ax=grid[:, -1], label="kept by block (%)", aspect=60)
     plt.close(figure)
     return figure

@@ -1,7 +1,7 @@
 """Owns the frames that show a run as a whole: what it is made of, accuracy against its cost, how many samples suffice.
 
 As in `analysis`, rates are shares and `low` and `high` bound the interval at `confidence`. Costs are facts of the run,
-tokens trained on and tokens written, and no seconds, which differ between identical runs.
+tokens trained on and tokens written; hours (`hours_frame`) differ between identical runs and belong into no manifest.
 """
 
 import math
@@ -14,9 +14,12 @@ from tinyr1_utils import looks
 from tinyr1_utils.analysis import ESTIMATE, accuracy_frame, average_frame, benchmark_rows
 from tinyr1_utils.artifacts import completed
 from tinyr1_utils.config import BACKBONE, names
+from tinyr1_utils.merge_analysis import REFERENCE
+from tinyr1_utils.status import cost_frame
 
 PARTS = ["column", "name", "detail", "source"]
 TRADEOFF = ["model", "kind", "pass_at_1", *ESTIMATE, "training_tokens", "output_tokens"]
+HOURS = ["model", "training_hours", "merge_hours"]
 POWER = ["model", "benchmark", "n_problems", "n_samples", "half_width", "samples_for_1_point"]
 
 
@@ -62,6 +65,37 @@ def tradeoff_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
     frame = average_frame(accuracy, confidence)
     frame["training_tokens"] = [training_tokens(run, model.partition("@")[0]) for model in frame["model"]]
     return frame.assign(output_tokens=frame["model"].map(written)).reindex(columns=TRADEOFF)
+
+
+def hours_frame(run_dir: Path) -> pd.DataFrame:
+    """Hours of every trained or merged model: seconds of its stage, times the processes of its training, over 3600.
+
+    GPU hours where a process has a GPU. A merged model's training is that of its branches. NaN where a part of it is
+    not in the run, or does not apply. Columns HOURS.
+    """
+    run = completed(run_dir)
+    seconds = cost_frame(run_dir).set_index(["stage", "variant"])["seconds"]
+
+    def hours(name: str) -> float:
+        if name not in run:
+            return math.nan
+        processes = run[name]["parameters"].get("num_processes", 1)
+        return float(seconds[tuple(name.split("/", 1))]) * processes / 3600
+
+    rows = []
+    for name in (name for name in run if name.startswith(("sft/", "merge/"))):
+        is_merge = name.startswith("merge/")
+        trained = [f"sft/{b}" for b in names(run[name]["parameters"]["merge_order"])] if is_merge else [name]
+        rows.append((name, sum(hours(part) for part in trained), hours(name) if is_merge else math.nan))
+    return pd.DataFrame(rows, columns=HOURS)
+
+
+def headline_frame(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Of `accuracy_frame` backbone, mixtures and the run's plain Arcee Fusion, or every merged model without one."""
+    merged = (accuracy["model"] == REFERENCE) | (
+        (accuracy["kind"] == "merged model") & ~(accuracy["model"] == REFERENCE).any()
+    )
+    return accuracy[accuracy["kind"].isin(["backbone", "mixture"]) | merged]
 
 
 def power_frame(run_dir: Path) -> pd.DataFrame:

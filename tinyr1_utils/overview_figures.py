@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from tinyr1_utils import looks
-from tinyr1_utils.plotting import TEXT_WIDTH_IN, marker_size, note, styled
+from tinyr1_utils.plotting import REPORTED_FACE, TEXT_WIDTH_IN, dots, marker_size, note, panels, styled
 
 BOX_IN, GAP_IN = 0.3, 0.1
 MOST_MERGES = 8  # boxes of a column; a sweep has many more merged models
@@ -58,9 +58,9 @@ def accuracy_by_cost(frame: pd.DataFrame) -> Figure:
     """
     if frame.empty:
         return note("accuracy by cost: no model has all benchmarks")
-    figure, panels = plt.subplots(1, 2, figsize=(TEXT_WIDTH_IN, 2.4), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH_IN, 2.4), sharey=True)
     labels = (("training_tokens", "tokens trained on (thousands)", 1e-3), ("output_tokens", "tokens written", 1.0))
-    for axes, (column, xlabel, scale) in zip(panels, labels, strict=True):
+    for axes, (column, xlabel, scale) in zip((left, right), labels, strict=True):
         for row in frame.dropna(subset=column).to_dict("records"):
             look, x = looks.look(row["model"]), scale * row[column]
             axes.plot([x, x], [100 * row["low"], 100 * row["high"]], color=look.colour, linewidth=0.8)
@@ -68,13 +68,82 @@ def accuracy_by_cost(frame: pd.DataFrame) -> Figure:
             axes.plot(x, y, look.marker, color=look.colour, markersize=marker_size(look), label=look.label)
         axes.set_xlabel(xlabel)
         axes.margins(x=0.08)
-    panels[0].set_ylabel("mean pass@1 (%)")
-    handles, names = panels[1].get_legend_handles_labels()
+    left.set_ylabel("mean pass@1 (%)")
+    handles, names = right.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center")
     plt.close(figure)
     return figure
 
 
+@styled
+def accuracy_bars(frame: pd.DataFrame) -> Figure:
+    """pass@1 of backbone, mixture and merged model as bars, a panel per benchmark; shaded: reported at 32B.
+
+    Frame: `headline_frame` (+ reported rows of Table 1).
+    """
+    if frame.empty:
+        return note("accuracy as bars: no evaluation is finished")
+
+    def draw(axes, positions, part, reported):
+        for y, row in zip(positions, part.to_dict("records"), strict=True):
+            look, value, high = looks.look(row["model"]), 100 * row["pass_at_1"], 100 * row["high"]
+            face = REPORTED_FACE if reported else look.colour
+            axes.barh(y, value, 0.64, color=face, edgecolor=look.colour, linewidth=0.8)
+            if pd.notna(high):
+                for colour, width in (("white", 2.2), ("#1A1A1A", 0.8)):  # a halo, so that dark bars show it
+                    axes.plot([100 * row["low"], high], [y, y], color=colour, linewidth=width, solid_capstyle="butt")
+            axes.text(max(value, high) if pd.notna(high) else value, y, f" {value:.1f}", va="center", fontsize=6)
+        axes.set_xlim(0, 1.2 * max(100 * part["pass_at_1"].max(), 100 * part["high"].fillna(0).max(), 5.0))
+
+    return panels(frame, "benchmark", "model", "pass@1 (%)", "model", draw, row_in=0.2)
+
+
+@styled
+def branch_gains(frame: pd.DataFrame) -> Figure:
+    """pass@1 minus the backbone's as a matrix, branches and mixtures by benchmark; bold where the interval excludes 0.
+
+    Frame: the rows of `comparisons.gain_frame` that are branches and mixtures.
+    """
+    if frame.empty:
+        return note("gains by branch and domain: no branch is evaluated beside the backbone")
+    models, benchmarks = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["benchmark"]))
+    figure, axes = plt.subplots(figsize=(TEXT_WIDTH_IN, 0.3 * len(models) + 0.9))
+    reach = max(100 * frame["difference"].abs().max(), 1.0)
+    grid = frame.pivot(index="model", columns="benchmark", values="difference").loc[models, benchmarks]
+    image = axes.imshow(100 * grid, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto")
+    for row in frame.to_dict("records"):
+        place = (benchmarks.index(row["benchmark"]), models.index(row["model"]))
+        told = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+        weight = "bold" if row["low"] > 0 or row["high"] < 0 else "normal"
+        dark = abs(100 * row["difference"]) > 0.6 * reach
+        axes.text(*place, told, ha="center", va="center", fontweight=weight, color="white" if dark else "#1A1A1A")
+    domains = dict(zip(frame["benchmark"], frame["domain"], strict=True))
+    axes.set_xticks(range(len(benchmarks)), [f"{domains[name]} ({name})" for name in benchmarks])
+    axes.set_yticks(range(len(models)), [looks.look(model).label for model in models])
+    axes.set(xlabel="benchmark", ylabel="model")
+    axes.grid(visible=False)
+    figure.colorbar(image, ax=axes, label="points", aspect=12)
+    plt.close(figure)
+    return figure
+
+
+@styled
+def run_differences(frame: pd.DataFrame) -> Figure:
+    """pass@1 minus the same model's in another run, a panel for each benchmark and run.
+
+    Frame: `run_comparison.against_runs`.
+    """
+    if frame.empty:
+        return note("other runs: none is set beside this one, or none shares a problem with it")
+
+    def draw(axes, positions, part, reported):
+        axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
+        dots(axes, positions, part, "difference", "model", reported)
+
+    return panels(frame, "panel", "model", "this run minus the other (points)", "model", draw)
+
+
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
-    function.__name__: function for function in (branch_and_merge, accuracy_by_cost)
+    function.__name__: function
+    for function in (branch_and_merge, accuracy_bars, branch_gains, accuracy_by_cost, run_differences)
 }

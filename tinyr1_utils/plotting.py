@@ -26,6 +26,7 @@ def note(text: str) -> Figure:
     """A figure that says why there is nothing to draw."""
     figure = plt.figure(figsize=(TEXT_WIDTH_IN, 0.5))
     figure.text(0.01, 0.5, text, va="center")
+    figure.subplots().set_axis_off()  # a notebook does not show a figure without axes
     plt.close(figure)
     return figure
 
@@ -52,11 +53,12 @@ def _frame_panel(axes: Axes, rows: list[str], origin: str, title: str) -> None:
 
 
 def _title(record: pd.Series, panel: str) -> str:
-    """What a panel shows: domain and benchmark, a reported benchmark, or a model on its benchmark."""
+    """What a panel shows: domain and benchmark, a reported benchmark, a model on its benchmark, or what it is named."""
     if panel == "benchmark":
         own = record["origin"] == looks.THIS_RUN
         return f"{record['domain']} ({record['benchmark']})" if own else record["benchmark"]
-    return ", ".join(part for part in (looks.look(record[panel]).label, record.get("benchmark", "")) if part)
+    on = record.get("benchmark", "") if panel == "model" else ""
+    return ", ".join(part for part in (looks.look(record[panel]).label, on) if part)
 
 
 def panels(

@@ -1,17 +1,18 @@
 """Owns the comparison of two runs: how their parameters differ, and their scores problem by problem. Writes nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from tinyr1_utils.analysis import estimate_columns
-from tinyr1_utils.artifacts import completed, output
-from tinyr1_utils.evaluation import by_problem
-from tinyr1_utils.metrics import clustered_mean, paired_difference, sign_test
-from tinyr1_utils.records import Score, require_records
+from tinyr1_utils import looks, status
+from tinyr1_utils.analysis import model_scores
+from tinyr1_utils.artifacts import completed
+from tinyr1_utils.comparisons import paired
 
 SCORES = ["variant", "benchmark", "first", "second", "difference", "stderr", "low", "high", "n_problems", "confidence"]
 SCORES += ["p_value", "unpaired"]
+AGAINST = ["origin", "panel", "run", "model", *SCORES]
 DIFFERENCES = ["stage", "parameter", "first", "second", "variants"]
 
 
@@ -21,23 +22,44 @@ def score_differences(first: Path, second: Path, confidence: float = 0.95) -> pd
     Paired by problem, on the problems that both have; `unpaired` counts the others. `p_value` is the exact sign test's,
     uncorrected for the number of comparisons. Columns SCORES.
     """
-    runs, rows = [(folder, completed(folder)) for folder in (first, second)], []
-    for name, manifest in runs[0][1].items():
-        if not name.startswith("evaluation/") or name not in runs[1][1]:
+    rows, manifests = [], {folder: completed(folder) for folder in (first, second)}
+    for name, manifest in manifests[first].items():
+        if not name.startswith("evaluation/") or name not in manifests[second]:
             continue
-        for benchmark in manifest["metrics"]["benchmarks"].keys() & runs[1][1][name]["metrics"]["benchmarks"].keys():
-            file = f"scores-{benchmark}.jsonl"
-            before, after = (by_problem(require_records(output(folder, name, file), Score)) for folder, _ in runs)
-            shared = before.keys() & after.keys()
-            if not shared:
-                continue
-            pair = {key: after[key] for key in shared}, {key: before[key] for key in shared}
-            means = [clustered_mean(list(values.values())).mean for values in pair]
-            estimate = paired_difference(*pair)
-            row = {"variant": name.partition("/")[2], "benchmark": benchmark, "first": means[1], "second": means[0]}
-            row |= {"difference": estimate.mean, "p_value": sign_test(*pair)}
-            rows.append(row | {"unpaired": len(before.keys() ^ after.keys())} | estimate_columns(estimate, confidence))
+        variant = name.partition("/")[2]
+        facts = manifests[second][name]["metrics"]["benchmarks"]
+        for benchmark in manifest["metrics"]["benchmarks"].keys() & facts.keys():
+            before, after = (model_scores(folder, variant, benchmark) for folder in (first, second))
+            if found := paired(after, before, confidence):
+                means = {"first": found["theirs"], "second": found["ours"]}
+                rows.append({"variant": variant, "benchmark": benchmark} | means | found)
     return pd.DataFrame(rows, columns=SCORES).sort_values(["benchmark", "variant"], ignore_index=True)
+
+
+def against_runs(run_dir: Path, others: Sequence[Path], confidence: float = 0.95) -> pd.DataFrame:
+    """This run's models minus those of the same evaluation variant in each other run; columns AGAINST.
+
+    `run` is the other's name. Of a run that shares no problem with this one there is no row.
+    """
+    run, parts = completed(run_dir), []
+    for other in others:
+        frame = score_differences(other, run_dir, confidence)
+        models = [run[f"evaluation/{variant}"]["parameters"]["model"] for variant in frame["variant"]]
+        panel = [f"{benchmark}, minus {other.name}" for benchmark in frame["benchmark"]]
+        parts.append(frame.assign(origin=looks.THIS_RUN, run=other.name, model=models, panel=panel))
+    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=AGAINST)
+    return frame.sort_values("model", key=lambda models: models.map(looks.order), kind="stable")[AGAINST]
+
+
+def other_digests(others: Sequence[Path]) -> dict[str, str]:
+    """`run:<name>/<stage>/<variant>` -> SHA-256 of its manifest. Raises FileNotFoundError for a folder without any."""
+    digests = {}
+    for other in others:
+        found = status.manifest_digests(other)
+        if not found:
+            raise FileNotFoundError(f"{other.name} is no run folder: no manifest of a finished stage lies in it")
+        digests |= {f"run:{other.name}/{name}": digest for name, digest in found.items()}
+    return digests
 
 
 def parameter_differences(first: Path, second: Path) -> pd.DataFrame:
@@ -55,3 +77,9 @@ def parameter_differences(first: Path, second: Path) -> pd.DataFrame:
                 difference = (stage, key, str(had.get(key, "")), str(has.get(key, "")))
                 found.setdefault(difference, []).append(variant)
     return pd.DataFrame([(*key, ", ".join(names)) for key, names in found.items()], columns=DIFFERENCES)
+
+
+def parameters_against(run_dir: Path, others: Sequence[Path]) -> pd.DataFrame:
+    """`parameter_differences` of each other run (`first`) and this one (`second`), with the other's name in `run`."""
+    parts = [parameter_differences(other, run_dir).assign(run=other.name) for other in others]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*DIFFERENCES, "run"])

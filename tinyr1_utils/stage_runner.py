@@ -18,7 +18,7 @@ from pathlib import Path
 
 import filelock
 
-from tinyr1_utils import launch
+from tinyr1_utils import executed_pages, launch
 from tinyr1_utils.artifacts import EXECUTED, MANIFEST
 from tinyr1_utils.config import (
     GenerationParameters,
@@ -31,6 +31,7 @@ from tinyr1_utils.config import (
     project_root,
     stage_parameters,
 )
+from tinyr1_utils.executed_pages import PAGE
 
 RUNNER_PID = "TINYR1_RUNNER_PID"
 
@@ -90,7 +91,7 @@ def end_with_the_run() -> None:
 
 
 def execute(parameters: StageParameters) -> Path:
-    """Run one stage's notebook headless with these parameters; the executed copy lies in the stage's folder.
+    """Run one stage's notebook headless with these parameters; the executed copy and its page lie in its folder.
 
     Raises SystemExit(1) after printing the notebook, the failing cell's error and the path of the executed copy.
     """
@@ -133,12 +134,22 @@ def execute(parameters: StageParameters) -> Path:
     except PapermillExecutionError as error:
         fail(
             f"{label} failed in notebook {source.name}, code cell {len(seen)} of {code_cells}:\n"
-            f"  {error.ename}: {error.evalue}\n  executed copy: {executed.relative_to(root)}"
+            f"  {error.ename}: {error.evalue}\n  executed copy: {executed.relative_to(root)}, as a page: {PAGE}"
         )
+    finally:
+        write_page(label, executed)
     if not (executed.parent / MANIFEST).is_file():
         fail(f"{label}: {source.name} ended without writing {MANIFEST}; see {executed.relative_to(root)}")
     print(f"{label}  done in {time.monotonic() - started:.0f} s", flush=True)
     return executed
+
+
+def write_page(label: str, executed: Path) -> None:
+    """Write the page of an executed copy; without one the stage is done, or failed, all the same."""
+    try:
+        executed_pages.write_page(executed)
+    except Exception as error:
+        print(f"{label}  no {PAGE}: {error}", flush=True)
 
 
 def fail(message: str) -> None:
@@ -257,12 +268,12 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 
 def print_where(config: RunConfig, run_dir: Path) -> None:
-    """Where the report, the tables and the figures of a finished run are."""
+    """Where the report, the tables, the figures and the executed notebooks of a finished run are."""
     for variant in config.analysis.variants:
         folder = (run_dir / "analysis" / variant).relative_to(project_root())
         print(
-            f"\nrun {config.name} is done\n  report   {folder}/report.html\n  tables   {folder}/tables/\n"
-            f"  figures  {folder}/figures/\n  notebooks with outputs   {config.run_dir}/*/*/{EXECUTED}"
+            f"\nrun {config.name} is done\n  report   {config.run_dir}/{variant}.html\n  tables   {folder}/tables/\n"
+            f"  figures  {folder}/figures/\n  notebooks with outputs   {config.run_dir}/*/*/{PAGE}"
         )
 
 
@@ -342,7 +353,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
     everything = commands.add_parser("all", help="every stage of a config, through Snakemake")
     everything.add_argument("--cores", type=int, default=os.cpu_count(), help="jobs' cores in all (default: all)")
-    everything.add_argument("--profile", default="", help="a Snakemake profile, e.g. configs/slurm")
+    everything.add_argument("--profile", default="", help="a Snakemake profile: a folder with a config.yaml")
     everything.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     everything.set_defaults(action=run_all)
     stage = commands.add_parser("stage", help="one stage variant, through papermill")

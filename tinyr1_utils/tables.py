@@ -1,16 +1,13 @@
-"""Owns the tables and the report: frames of `analysis` -> cells of text -> Markdown, LaTeX, CSV, HTML.
+"""Owns the tables: frames of `analysis` -> cells of text -> Markdown, LaTeX, CSV, HTML.
 
 Computes no statistic: it rounds, names, and sets reported numbers beside a run's own, marked as reported. Everything
 it writes has the same bytes for the same input: no time, no path.
 """
 
-import base64
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import markupsafe
 import pandas as pd
 from pandas.io.formats.style import Styler
 
@@ -19,7 +16,12 @@ from tinyr1_utils.records import atomic_path
 
 MARK = "reported, "
 EMPTY = "–"
+BOLD = {"md": "**{}**", "tex": r"\textbf{{{}}}"}
 LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "−": "$-$", "–": "--"}
+
+
+class Best(str):
+    """A cell in bold: the best of its column, and told apart from all the others by a paired test."""
 
 
 def _percent(value: float, stderr: float | None = None) -> str:
@@ -29,7 +31,7 @@ def _percent(value: float, stderr: float | None = None) -> str:
     return f"{100 * value:.1f}" + ("" if stderr is None or pd.isna(stderr) else f" ± {100 * stderr:.1f}")
 
 
-def _rate(record: Any) -> str:
+def rate(record: Any) -> str:
     """pass@1 ± stderr; where all problems agree and there is no stderr to speak of, its interval instead."""
     if record.stderr == 0:
         return f"{_percent(record.pass_at_1)} [{_percent(record.low)}, {_percent(record.high)}]"
@@ -59,7 +61,7 @@ def _wide(frame: pd.DataFrame, row: str, column: Callable[[Any], str], cell: Cal
         {row: looks.look(name).label} | {key: values.get(key, EMPTY) for key in columns}
         for name, values in cells.items()
     ]
-    return pd.DataFrame(lines, columns=[row, *columns])
+    return pd.DataFrame(lines, columns=[row, *columns], dtype=object)  # pandas' text would lose Best
 
 
 def _with_twins(table: pd.DataFrame, own: pd.DataFrame, reported: pd.DataFrame, cell: Callable) -> pd.DataFrame:
@@ -71,12 +73,23 @@ def _with_twins(table: pd.DataFrame, own: pd.DataFrame, reported: pd.DataFrame, 
     return table
 
 
-def main_table(accuracy: pd.DataFrame, average: pd.DataFrame) -> pd.DataFrame:
-    """Models x benchmarks, pass@1 ± stderr in percent, their mean, and what TinyR1 reports for the same part."""
+def main_table(accuracy: pd.DataFrame, average: pd.DataFrame, leaders: pd.DataFrame) -> pd.DataFrame:
+    """Models x benchmarks, pass@1 ± stderr in percent, their mean, and what TinyR1 reports for the same part.
+
+    In bold what `comparisons.leader_frame` says to be clearly best.
+    """
     own, reported = (accuracy[accuracy["origin"] == origin] for origin in (looks.THIS_RUN, looks.REPORTED))
-    table = _wide(own, "model", lambda r: f"{r.domain} ({r.benchmark})", _rate)
-    means = {r.model: _percent(r.pass_at_1, r.stderr) for r in average.itertuples()}
-    table["mean"] = [means.get(model, EMPTY) for model in dict.fromkeys(own["model"])]
+    clear = {(r.benchmark, r.model) for r in leaders[leaders["clear"].astype(bool)].itertuples()}
+
+    def marked(benchmark: str, model: str, text: str) -> str:
+        return Best(text) if (benchmark, model) in clear else text
+
+    table = _wide(
+        own, "model", lambda r: f"{r.domain} ({r.benchmark})", lambda r: marked(r.benchmark, r.model, rate(r))
+    )
+    means = {r.model: marked("mean", r.model, _percent(r.pass_at_1, r.stderr)) for r in average.itertuples()}
+    in_order = [means.get(model, EMPTY) for model in dict.fromkeys(own["model"])]
+    table["mean"] = pd.Series(in_order, dtype=object)
     return _with_twins(table, own, reported, lambda r: _percent(r.pass_at_1))
 
 
@@ -271,15 +284,21 @@ def reported_table(reported: pd.DataFrame) -> pd.DataFrame:
 
 def to_markdown(table: pd.DataFrame) -> str:
     """A GitHub-flavoured table; the first column to the left, numbers to the right."""
-    lines = [list(table.columns), ["---"] + ["---:"] * (len(table.columns) - 1), *table.astype(str).to_numpy().tolist()]
-    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+    def text(cell: Any) -> str:
+        escaped = str(cell).replace("|", "\\|")
+        return BOLD["md"].format(escaped) if isinstance(cell, Best) else escaped
+
+    lines = [list(table.columns), ["---"] + ["---:"] * (len(table.columns) - 1), *table.to_numpy(object).tolist()]
+    return "".join("| " + " | ".join(text(cell) for cell in line) + " |\n" for line in lines)
 
 
 def to_latex(table: pd.DataFrame) -> str:
     """A booktabs tabular, to be wrapped in a table environment by the paper."""
 
     def escaped(text: Any) -> str:
-        return "".join(LATEX.get(letter, letter) for letter in str(text))
+        safe = "".join(LATEX.get(letter, letter) for letter in str(text))
+        return BOLD["tex"].format(safe) if isinstance(text, Best) else safe
 
     columns = [escaped(name) for name in table.columns]
     safe = pd.DataFrame([[escaped(cell) for cell in line] for line in table.to_numpy()], columns=columns)
@@ -293,8 +312,10 @@ def styled(table: pd.DataFrame, name: str = "table") -> Styler:
     if "origin" in table:
         marks.loc[table["origin"] == looks.REPORTED] = "reported"
     style = table.style.hide(axis="index").format(escape="html").format_index(escape="html", axis=1)
+    marks = marks.where(~table.map(lambda cell: isinstance(cell, Best)), "best")
     grey = {"selector": ".reported", "props": "background-color: #f0f0f0; color: #444; font-style: italic"}
-    return style.set_td_classes(marks).set_table_styles([grey]).set_uuid(name)
+    bold = {"selector": ".best", "props": "font-weight: bold"}
+    return style.set_td_classes(marks).set_table_styles([grey, bold]).set_uuid(name)
 
 
 def save_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
@@ -308,22 +329,6 @@ def save_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
         with atomic_path(Path(folder) / f"{name}.{kind}") as temporary:
             temporary.write_text(text, encoding="utf-8")
     return [Path(folder) / f"{name}.{kind}" for kind in texts]
-
-
-def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(
-        "report.html.j2"
-    )
-
-
-def _count(frame: pd.DataFrame) -> str:
-    """`150 problems`, or the range where estimates differ in it."""
-    counts = frame["n_problems"].dropna() if "n_problems" in frame else pd.Series(dtype=float)
-    if counts.empty:
-        return "no problems"
-    low, high = int(counts.min()), int(counts.max())
-    return f"{low} problems" if low == high else f"{low} to {high} problems"
 
 
 def summary(gains: pd.DataFrame, merges: pd.DataFrame, average: pd.DataFrame) -> list[str]:
@@ -347,36 +352,3 @@ def summary(gains: pd.DataFrame, merges: pd.DataFrame, average: pd.DataFrame) ->
             f"{above} better, {below} worse, {len(merged) - above - below} with an interval that holds 0."
         )
     return said
-
-
-def report_html(
-    path: Path,
-    title: str,
-    frames: dict[str, pd.DataFrame],
-    tables: dict[str, pd.DataFrame],
-    figures_folder: Path,
-    said: list[str],
-    absent: list[str],
-) -> Path:
-    """Write one self-contained HTML page: summary, main table, each figure with caption, table and caveats.
-
-    `frames` and `tables` are keyed by the figure's name (`tables` also by `main`, `gains`, `reported`);
-    figures_folder/<name>.png is embedded. A figure whose frame is empty is left out and named as missing data.
-    """
-    shown = {name: frame for name, frame in frames.items() if not frame.empty}
-    images = {name: base64.b64encode((figures_folder / f"{name}.png").read_bytes()).decode() for name in shown}
-    html = {name: markupsafe.Markup(styled(table, name).to_html()) for name, table in tables.items() if len(table)}
-    level = next((f"{100 * frame['confidence'].max():g}" for frame in shown.values() if "confidence" in frame), "")
-    text = _template().render(
-        title=title,
-        said=said,
-        absent=absent,
-        images=images,
-        tables=html,
-        counts={name: _count(frame) for name, frame in shown.items()},
-        left_out=[name.replace("_", " ") for name in frames if name not in shown],
-        level=level,
-    )
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path

@@ -1,0 +1,150 @@
+"""Owns the paired comparisons of a run's models: with the backbone, with the domain's own branch, with the best one.
+
+Differences are taken problem by problem, in shares; no p-value or interval is corrected for the number of comparisons.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tinyr1_utils.analysis import (
+    ESTIMATE,
+    MODEL,
+    accuracy_frame,
+    average_frame,
+    averaged,
+    benchmark_rows,
+    estimate_columns,
+    model_domains,
+    model_scores,
+)
+from tinyr1_utils.artifacts import completed
+from tinyr1_utils.config import BACKBONE
+from tinyr1_utils.evaluation import by_problem
+from tinyr1_utils.metrics import clustered_mean, paired_difference, sign_test
+from tinyr1_utils.records import Score
+
+GAIN = [*MODEL, "reference", "difference", *ESTIMATE, "p_value", "unpaired"]
+MERGE = [*GAIN, "recipe", "merge_order", "settings", "changed_fraction"]
+LEADER = ["benchmark", "model", "others", "clear"]
+MEAN = "mean"  # in place of a benchmark: the mean over all of them
+
+
+def paired(ours: list[Score], theirs: list[Score], confidence: float) -> dict[str, Any]:
+    """The difference of two sets of scores and their means on the problems that both have; empty where they share none.
+
+    `p_value` is the exact sign test's (McNemar's with one sample a problem); `unpaired` counts the problems that only
+    one of the two has (runs with another limit).
+    """
+    first, second = by_problem(ours), by_problem(theirs)
+    shared = first.keys() & second.keys()
+    if not shared:
+        return {}
+    pair = {i: first[i] for i in shared}, {i: second[i] for i in shared}
+    estimate = paired_difference(*pair)
+    means = {"ours": clustered_mean(list(pair[0].values())).mean, "theirs": clustered_mean(list(pair[1].values())).mean}
+    facts = {"difference": estimate.mean, "p_value": sign_test(*pair), "unpaired": len(first.keys() ^ second.keys())}
+    return means | facts | estimate_columns(estimate, confidence)
+
+
+def _way(run: dict[str, dict], variant: str) -> tuple[str, str]:
+    """How an evaluation asked and scored."""
+    parameters = run[f"evaluation/{variant}"]["parameters"]
+    return parameters.get("protocol", "default"), parameters.get("choice_scoring", "generated")
+
+
+def compare(run_dir: Path, rows: list, references: dict[str, tuple[str, str]], confidence: float) -> list[dict]:
+    """Each row of `benchmark_rows` minus the reference (model, variant) of its benchmark, on the problems both have.
+
+    A model that was asked by another protocol or scored in another way than the reference is not compared with it.
+    """
+    compared, run = [], completed(run_dir)
+    for columns, variant, _ in rows:
+        benchmark = columns["benchmark"]
+        reference, reference_variant = references.get(benchmark, ("", ""))
+        if not reference or reference == columns["model"] or _way(run, variant) != _way(run, reference_variant):
+            continue
+        scores = (model_scores(run_dir, v, benchmark) for v in (variant, reference_variant))
+        difference = paired(*scores, confidence)
+        if difference:
+            compared.append(columns | {"reference": reference} | difference)
+    return compared
+
+
+def gain_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
+    """pass@1 of each model minus the backbone's, paired by problem, per benchmark; columns GAIN."""
+    rows = benchmark_rows(completed(run_dir))
+    references = {c["benchmark"]: (BACKBONE, variant) for c, variant, _ in rows if c["model"] == BACKBONE}
+    return pd.DataFrame(compare(run_dir, rows, references, confidence), columns=GAIN)
+
+
+def leader_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
+    """For each benchmark and for their mean the best model, and whether all others are worse; columns LEADER.
+
+    `clear` where every other model's paired difference to the best one has an interval below 0, uncorrected for their
+    number; `others` counts them. Of equals the first is named, and is not clear.
+    """
+    run = completed(run_dir)
+    rows, best = benchmark_rows(run), {}
+    for columns, variant, facts in rows:
+        held = best.get(columns["benchmark"])
+        if held is None or facts["pass_at_1"] > held[0]:
+            best[columns["benchmark"]] = (facts["pass_at_1"], (columns["model"], variant))
+    leaders = [
+        (benchmark, leader, pd.DataFrame(compare(run_dir, rows, {benchmark: leader}, confidence), columns=GAIN))
+        for benchmark, (_, leader) in best.items()
+    ]
+    means = average_frame(accuracy_frame(run_dir, confidence), confidence)
+    if len(means) and len(best) > 1:
+        model = means.loc[means["pass_at_1"].idxmax(), "model"]
+        references = {c["benchmark"]: (model, variant) for c, variant, _ in rows if c["model"] == model}
+        leaders.append(
+            (MEAN, (model, ""), mean_differences(compare(run_dir, rows, references, confidence), confidence))
+        )
+    found = [
+        {"benchmark": benchmark, "model": model, "others": len(others)}
+        | {"clear": len(others) > 0 and bool((others["high"] < 0).all())}
+        for benchmark, (model, _), others in leaders
+    ]
+    return pd.DataFrame(found, columns=LEADER)
+
+
+def mean_differences(compared: list[dict], confidence: float) -> pd.DataFrame:
+    """The rows of `compare` averaged over benchmarks, one row a model that has all of them; see `averaged`."""
+    frame = pd.DataFrame(compared, columns=GAIN)
+    whole = frame["benchmark"].nunique()
+    rows = [
+        {"model": model} | averaged(group, "difference", confidence)
+        for model, group in frame.groupby("model", sort=False)
+        if len(group) == whole
+    ]
+    return pd.DataFrame(rows, columns=["model", "difference", *ESTIMATE])
+
+
+def _own_branches(run: dict[str, dict], rows: list) -> dict[str, tuple[str, str]]:
+    """benchmark -> (model, variant) of its domain's own branch; where there is none, the branch that scores best."""
+    best: dict[str, tuple[tuple[bool, float], tuple[str, str]]] = {}
+    for columns, variant, facts in rows:
+        if columns["kind"] == "branch":
+            model = columns["model"]
+            rank = (columns["domain"] in model_domains(run, model.partition("@")[0]), facts["pass_at_1"])
+            if columns["benchmark"] not in best or rank > best[columns["benchmark"]][0]:
+                best[columns["benchmark"]] = (rank, (model, variant))
+    return {benchmark: reference for benchmark, (_, reference) in best.items()}
+
+
+def merge_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
+    """pass@1 of backbone, mixture and merged models minus that of the domain's own branch, paired; columns MERGE.
+
+    `changed_fraction` is the share of elements in which the merged model differs from the backbone.
+    """
+    run = completed(run_dir)
+    rows = benchmark_rows(run)
+    others = [row for row in rows if row[0]["kind"] != "branch"]
+    compared = compare(run_dir, others, _own_branches(run, rows), confidence)
+    for row in compared:
+        manifest = run.get(row["model"].partition("@")[0], {}) if row["kind"] == "merged model" else {}
+        facts = manifest.get("parameters", {}) | manifest.get("metrics", {})
+        row.update({name: facts[name] for name in MERGE[len(GAIN) :] if name in facts})
+    return pd.DataFrame(compared, columns=MERGE)
