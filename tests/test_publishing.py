@@ -1,11 +1,16 @@
 """What of a finished run is published: manifests, tables, frames with rows, a bounded number of notebooks."""
 
+import base64
+import io
 import json
 
 import fake_run
 import nbformat
+import numpy as np
 import pytest
 from conftest import REPOSITORY
+from matplotlib.figure import Figure
+from PIL import Image
 
 from tinyr1_utils import publishing
 from tinyr1_utils.config import load_config
@@ -75,4 +80,24 @@ def test_notebooks_that_may_show_licensed_text_stay_out(run):
     file = run / "curation" / "math" / "manifest.json"
     file.write_text(file.read_text().replace("micro-math-train", "gsm8k-train"))
     target = publishing.publish(load_config("configs/micro.yaml"))
-    assert not list(target.rglob("executed.ipynb")) and (target / "sft" / "math" / "manifest.json").is_file()
+    assert {path.parent.parent.name for path in target.rglob("executed.ipynb")} == {"merge", "stress"}
+    assert (target / "sft" / "math" / "manifest.json").is_file()
+
+
+def test_images_keep_their_size_in_fewer_bytes_and_what_is_too_large_is_said(run, capsys):
+    figure, buffer = Figure(), io.BytesIO()
+    figure.subplots().imshow(np.random.default_rng(0).normal(size=(60, 60)), cmap="viridis")
+    figure.savefig(buffer, format="png", dpi=120)
+    large = nbformat.v4.new_output("stream", text="x" * publishing.LARGEST_NOTEBOOK_BYTES)
+    drawn = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()})
+    for variant, output in (("math", drawn), ("code", large)):
+        cell = nbformat.v4.new_code_cell("1", outputs=[output])
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), run / "curation" / variant / "executed.ipynb")
+    target = publishing.publish(load_config("configs/micro.yaml"))
+    (cell,) = nbformat.read(target / "curation" / "math" / "executed.ipynb", as_version=4).cells
+    kept = base64.b64decode(cell.outputs[0].data["image/png"])
+    before, after = (np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), float) for png in (buffer.getvalue(), kept))
+    assert len(kept) < 0.6 * len(buffer.getvalue()) and before.shape == after.shape
+    assert np.abs(before - after).mean() < 3
+    assert not (target / "curation" / "code" / "executed.ipynb").exists()
+    assert "not published: " in capsys.readouterr().out

@@ -16,17 +16,28 @@ from tinyr1_utils.records import atomic_path
 PAGE = "executed.html"
 TEMPLATE = "executed_page.html.j2"
 # What tables, Markdown and highlighted code are made of; bleach's own list lacks headings, paragraphs and table heads.
-TAGS = """a abbr b blockquote br caption code dd del div dl dt em h1 h2 h3 h4 h5 h6 hr i li ol p pre s span strong sub
-sup table tbody td tfoot th thead tr ul""".split()
-ATTRIBUTES = {"*": ["class", "id"], "a": ["href", "title"], "td": ["colspan", "rowspan"], "th": ["colspan", "rowspan"]}
+TAGS = """a abbr b blockquote br caption code dd del details div dl dt em h1 h2 h3 h4 h5 h6 hr i li ol p pre s span
+strong sub summary sup table tbody td tfoot th thead tr ul""".split()
+# What the results explorer lays its columns out with; none of these can load anything.
+PROPERTIES = """border border-top color display gap grid-template-columns margin margin-left max-height min-width
+overflow overflow-wrap padding white-space""".split()
+ATTRIBUTES = {
+    "*": ["class", "id", "style"],
+    "details": ["class", "id", "style", "open"],
+    "a": ["href", "title"],
+    "td": ["colspan", "rowspan"],
+    "th": ["colspan", "rowspan"],
+}
 STYLE = re.compile(r"<style\b.*?</style\s*>", re.DOTALL | re.IGNORECASE)
 
 
 def cleaned(markup: str) -> str:
-    """HTML of which only harmless tags are left as tags: all others are shown as text, style sheets not at all."""
+    """HTML of which only harmless tags and styles are left: other tags are shown as text, style sheets not at all."""
     import bleach
+    from bleach.css_sanitizer import CSSSanitizer
 
-    return bleach.clean(STYLE.sub("", str(markup)), tags=TAGS, attributes=ATTRIBUTES)
+    styles = CSSSanitizer(allowed_css_properties=PROPERTIES)
+    return bleach.clean(STYLE.sub("", str(markup)), tags=TAGS, attributes=ATTRIBUTES, css_sanitizer=styles)
 
 
 def duration(seconds: float | None) -> str:

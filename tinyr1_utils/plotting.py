@@ -31,12 +31,25 @@ def note(text: str) -> Figure:
     return figure
 
 
-def _blocks(frame: pd.DataFrame, panel: str) -> list[tuple[str, list[str]]]:
-    """(origin, at most COLUMNS panels) for each line of panels, this run's before the reported ones."""
+def _blocks(frame: pd.DataFrame, panel: str, row: str) -> list[tuple[str, list[str]]]:
+    """(origin, at most COLUMNS panels) for each line of panels, this run's before the reported ones.
+
+    The panels of a line have the same rows: one of this run that shares less than half of them with a line's first
+    stands elsewhere.
+    """
     blocks = []
     for origin in (looks.THIS_RUN, looks.REPORTED):
-        panels = list(dict.fromkeys(frame.loc[frame["origin"] == origin, panel]))
-        blocks += [(origin, panels[i : i + COLUMNS]) for i in range(0, len(panels), COLUMNS)]
+        rows = frame[frame["origin"] == origin].groupby(panel, sort=False)[row].agg(set)
+        lines: list[list[str]] = []
+        for name, own in rows.items():
+            alike = [line for line in lines if 2 * len(own & rows[line[0]]) >= len(own | rows[line[0]])]
+            open_lines = lines if origin == looks.REPORTED else alike
+            line = next((line for line in open_lines if len(line) < COLUMNS), None)
+            if line is None:
+                lines.append([name])
+            else:
+                line.append(name)
+        blocks += [(origin, line) for line in lines]
     return blocks
 
 
@@ -77,7 +90,7 @@ def panels(
     Panels of one line share their rows (the values of column `row`); `positions` are the y values of `part`'s rows.
     A row of this run is `row_in` inches high.
     """
-    blocks = _blocks(frame, panel)
+    blocks = _blocks(frame, panel, row)
     parts = [frame[(frame["origin"] == origin) & frame[panel].isin(panels)] for origin, panels in blocks]
     rows = [list(dict.fromkeys(part[row])) for part in parts]
     each = [row_in if origin == looks.THIS_RUN else ROW_IN for origin, _ in blocks]
