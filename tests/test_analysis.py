@@ -98,6 +98,25 @@ def test_a_leader_is_clear_where_every_other_is_worse(tmp_path):
     assert not comparisons.leader_frame(tmp_path).iloc[0]["clear"]
 
 
+def test_a_leader_that_a_model_can_not_be_compared_with_is_not_clear(tmp_path):
+    rows = [(f"p{i}", 0, i < 29) for i in range(30)]
+    write_evaluation(tmp_path, "math", "sft/math", rows)
+    write_evaluation(tmp_path, "backbone", "backbone", [(name, sample, not right) for name, sample, right in rows])
+    assert comparisons.leader_frame(tmp_path).iloc[0]["clear"]
+    write_evaluation(tmp_path, "other", "sft/code", [("p0", 0, False)], protocol="tinyr1")
+    leader = comparisons.leader_frame(tmp_path).iloc[0]
+    assert (leader["model"], leader["others"], leader["clear"]) == ("sft/math", 1, False)
+
+
+def test_two_problems_that_agree_are_no_certainty(tmp_path):
+    for count, clear in ((2, False), (8, True)):
+        rows = [(f"p{i}", 0, True) for i in range(count)]
+        write_evaluation(tmp_path / str(count), "math", "sft/math", rows)
+        write_evaluation(tmp_path / str(count), "backbone", "backbone", [(name, 0, False) for name, _, _ in rows])
+        frame = comparisons.leader_frame(tmp_path / str(count))
+        assert frame["clear"].to_list() == [clear]
+
+
 def test_the_leader_of_the_mean_is_compared_over_all_benchmarks(run):
     frame = comparisons.leader_frame(run).set_index("benchmark")
     average = analysis.average_frame(analysis.accuracy_frame(run)).set_index("model")["pass_at_1"]
@@ -267,6 +286,9 @@ def test_twins_of_the_papers_tables(run):
     ]
     assert second.loc[("this run", "linear (soup)"), "training (device hours)"] == "0.01"
     assert ("this run", "backbone") not in second.index
+    long = pd.DataFrame([("sft/math", 267.4, math.nan)], columns=overview.HOURS)
+    second = paper_tables.table_2(accuracy, long, stated).set_index(["origin", "model"])
+    assert second.loc[("this run", "math branch"), "training (device hours)"] == "267"
     assert paper_tables.table_3(accuracy, stated).empty  # the run asked for none of its benchmarks
     general = accuracy.assign(benchmark=accuracy["benchmark"].replace("micro-code", "human-eval"))
     third = paper_tables.table_3(general, stated).set_index(["origin", "model"])

@@ -13,6 +13,7 @@ from tinyr1_utils import artifacts
 from tinyr1_utils.artifacts import (
     MANIFEST,
     PROVENANCE,
+    borrow,
     completed,
     finish_stage,
     load_manifest,
@@ -143,6 +144,37 @@ def test_a_changed_upstream_result_clears_what_was_built_on_it(tmp_path):
     branch = open_stage(parameters(tmp_path, "sft"))
     assert not branch.path("checkpoint").exists()
     branch.lock.release()
+
+
+def stamps(folder: Path) -> dict[Path, tuple[int, str]]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: (path.stat().st_mtime_ns, sha256_file(path)) for path in files}
+
+
+def test_another_runs_stages_are_read_and_never_written(tmp_path):
+    """Its branch is trained again here on its curation; then its curation is run here, and stays as it was there."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for stage in ("curation", "sft"):
+        run_stage(other, stage)
+    before = stamps(other)
+    branch = parameters(mine, "sft", "math", upstream_run=str(other))
+    assert borrow(branch) == ["curation/math"] and borrow(branch) == []
+    opened = open_stage(branch)
+    assert opened.inputs["curation/math"] == sha256_file(other / "curation" / "math" / MANIFEST)
+    assert output(mine, "curation/math", "selected.jsonl").is_file() and "upstream_run" not in branch.facts()
+    run_stage(mine, "curation", seed=1)
+    assert not (mine / "curation" / "math").is_symlink() and stamps(other) == before
+    assert borrow(parameters(mine, "evaluation", "math", upstream_run=str(other))) == ["sft/math"]
+    (mine / "curation" / "math" / MANIFEST).unlink()  # begun here, or killed: this run's own
+    assert borrow(branch) == [] and not (mine / "curation" / "math").is_symlink()
+    third = tmp_path / "third"
+    run_stage(third, "curation", "code")
+    assert borrow(parameters(mine, "evaluation", "math", upstream_run=str(third))) == ["curation/code"]
+    assert borrow(parameters(mine, "sft", "math")) == [] and not list((mine / "curation").glob("code"))
+    with pytest.raises(FileNotFoundError, match="nothing is no run folder"):
+        borrow(parameters(mine, "sft", "math", upstream_run=str(tmp_path / "nothing")))
+    with pytest.raises(ValueError, match="upstream_run is this run itself"):
+        parameters(mine, "sft", "math", upstream_run=str(mine))
 
 
 def test_a_missing_upstream_stage_names_what_makes_it(tmp_path):

@@ -9,6 +9,7 @@ import yaml
 
 from tinyr1_utils.config import (
     STAGES,
+    AnalysisParameters,
     EvaluationParameters,
     SftParameters,
     load_config,
@@ -292,3 +293,12 @@ def test_an_endpoint_is_named_without_a_password():
         with pytest.raises(ValueError, match=sentence) as raised:
             validated(EvaluationParameters, changed, "here")
         assert "secret" not in str(raised.value)
+
+
+def test_other_runs_are_facts_by_name_and_told_apart_by_it():
+    values = stage_parameters(load_config(ROOT / "configs" / "micro.yaml"), "analysis", "report").model_dump()
+    near, far = (AnalysisParameters(**values | {"other_runs": run}) for run in ("papermill_runs/a", "/elsewhere/a"))
+    assert near.facts() == far.facts() and near.facts()["other_runs"] == "a"
+    for twice in ("papermill_runs/a,/elsewhere/a", "papermill_runs/micro"):
+        with pytest.raises(ValueError, match="names a run twice, or this run itself"):
+            AnalysisParameters(**values | {"other_runs": twice})

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tinyr1_utils import publishing
+from tinyr1_utils.artifacts import write_json
 from tinyr1_utils.config import load_config
 
 
@@ -35,7 +36,7 @@ def run(tmp_path, monkeypatch):
         (report / kind).mkdir(parents=True, exist_ok=True)
         (report / kind / file).write_text(text)
     fake_run.finish(folder, "analysis/report", {}, {})
-    notebook = nbformat.v4.new_notebook(metadata={"papermill": {"output_path": "x"}})
+    notebook = nbformat.v4.new_notebook(metadata={"papermill": {"output_path": "x", "end_time": "2999"}})
     notebook.cells = [nbformat.v4.new_code_cell(f"print({str(tmp_path)!r})", metadata={"papermill": {}})]
     for domain in ("math", "code", "science"):
         file = folder / "curation" / domain / "manifest.json"
@@ -84,6 +85,21 @@ def test_notebooks_that_may_show_licensed_text_stay_out(run):
     assert (target / "sft" / "math" / "manifest.json").is_file()
 
 
+def test_one_evaluation_on_licensed_problems_keeps_the_notebooks_out(run):
+    file = run / "evaluation" / "math" / "manifest.json"
+    file.write_text(file.read_text().replace('"micro-code"', '"gsm8k"'))
+    target = publishing.publish(load_config("configs/micro.yaml"))
+    assert {path.parent.parent.name for path in target.rglob("executed.ipynb")} == {"merge", "stress"}
+
+
+def test_a_stage_that_ran_in_the_lab_since_has_no_copy_to_publish(run, capsys):
+    write_json(run / "sft" / "math" / "provenance.json", {"finished": "3000-01-01T00:00:00Z"})
+    (run / "sft" / "code" / "executed.ipynb").unlink()
+    target = publishing.publish(load_config("configs/micro.yaml"))
+    assert {path.parent.name for path in target.glob("sft/*/executed.ipynb")} == {"science", "mixture"}
+    assert "not published: sft/math has no executed notebook" in capsys.readouterr().out
+
+
 def test_images_keep_their_size_in_fewer_bytes_and_what_is_too_large_is_said(run, capsys):
     figure, buffer = Figure(), io.BytesIO()
     figure.subplots().imshow(np.random.default_rng(0).normal(size=(60, 60)), cmap="viridis")
@@ -92,7 +108,8 @@ def test_images_keep_their_size_in_fewer_bytes_and_what_is_too_large_is_said(run
     drawn = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()})
     for variant, output in (("math", drawn), ("code", large)):
         cell = nbformat.v4.new_code_cell("1", outputs=[output])
-        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), run / "curation" / variant / "executed.ipynb")
+        notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {"end_time": "2999"}})
+        nbformat.write(notebook, run / "curation" / variant / "executed.ipynb")
     target = publishing.publish(load_config("configs/micro.yaml"))
     (cell,) = nbformat.read(target / "curation" / "math" / "executed.ipynb", as_version=4).cells
     kept = base64.b64decode(cell.outputs[0].data["image/png"])

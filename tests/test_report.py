@@ -114,6 +114,17 @@ def test_notebook_06_runs_headless(analysed):
 
 
 @pytest.mark.slow
+def test_another_run_is_analysed_without_touching_it(run, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    config = {"variant": "mine", "title": "mine", "confidence": 0.9, "delta_scales": ""}
+    stage_runner.execute(AnalysisParameters(run_dir=str(tmp_path / "mine"), upstream_run=str(run), **config))
+    manifest = read_json(tmp_path / "mine" / "analysis" / "mine" / "manifest.json")
+    assert manifest["inputs"] == status.manifest_digests(run) and len(manifest["metrics"]["models"]) == 10
+    assert (tmp_path / "mine" / "mine.html").is_file()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.slow
 def test_report_links_executed_notebooks_and_tells_what_made_it(analysed):
     text = (analysed / "report.html").read_text()
     pages = {"sft/math", "merge/broken", "analysis/report"}

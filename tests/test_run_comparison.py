@@ -83,5 +83,9 @@ def test_a_run_beside_several_others(runs, tmp_path):
     assert against_runs(first, []).empty and parameters_against(first, []).empty
     digests = other_digests([second])
     assert "run:second/evaluation/backbone" in digests and not any("analysis" in name for name in digests)
+    manifest = json.loads((second / "evaluation/math/manifest.json").read_text())
+    manifest["parameters"]["protocol"] = "tinyr1"
+    (second / "evaluation/math/manifest.json").write_text(json.dumps(manifest))
+    assert set(fake_run.MODELS.values()) - set(against_runs(first, [second])["model"]) == {"sft/math"}
     with pytest.raises(FileNotFoundError, match="nothing is no run folder"):
         other_digests([tmp_path / "nothing"])

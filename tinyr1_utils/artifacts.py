@@ -4,6 +4,7 @@ Does not know what a stage computes. `manifest.json` holds facts only, so that a
 file; time, host and versions go to `provenance.json` beside it.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -22,7 +23,7 @@ from typing import Any
 
 import filelock
 
-from tinyr1_utils.config import STAGES, StageParameters, from_root, project_root
+from tinyr1_utils.config import STAGES, DownstreamParameters, StageParameters, from_root, project_root
 from tinyr1_utils.records import atomic_path
 
 MANIFEST, PROVENANCE, EXECUTED = "manifest.json", "provenance.json", "executed.ipynb"
@@ -173,6 +174,45 @@ def _forget_other_runs(folder: Path, key: str) -> None:
     write_json(resume, {"key": key})
 
 
+def borrow(parameters: DownstreamParameters) -> list[str]:
+    """Link into the run's folder what `upstream_run` has finished and this run has not begun; returns the linked names.
+
+    Links that an earlier call left to another run are taken away. The other run is read and never written: opening a
+    stage here takes its link away first (`own`). Raises FileNotFoundError where the other folder holds no finished
+    stage, or only what was published of a run.
+    """
+    run_dir, other = from_root(parameters.run_dir), from_root(parameters.upstream_run or parameters.run_dir)
+    for link in (path for stage in STAGES for path in (run_dir / stage).glob("*") if path.is_symlink()):
+        if link.resolve().parents[1] != other.resolve():
+            own(link)
+    if not parameters.upstream_run:
+        return []
+    there = require_run(other)
+    begun = {f"{stage}/{path.name}" for stage in STAGES for path in (run_dir / stage).glob("*")}
+    begun |= {f"{parameters.stage}/{parameters.variant}"}
+    lent = [name for name in there if name not in begun and not name.startswith("analysis/")]
+    for name in lent:
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # two notebooks that borrow at once
+            (run_dir / name).symlink_to((other / name).resolve(), target_is_directory=True)
+    return lent
+
+
+def require_run(folder: Path) -> dict[str, dict[str, Any]]:
+    """`completed` of another run. FileNotFoundError where the folder is none, or holds what was published of one."""
+    found = completed(folder)
+    listed = [folder / name / file for name, manifest in found.items() for file in manifest["outputs"]]
+    if not found or not all(file.exists() for file in listed[:1]):
+        raise FileNotFoundError(f"{folder.name} is no run folder: no finished stage with its files lies in {folder}")
+    return found
+
+
+def own(folder: Path) -> None:
+    """Take away the link, if a stage's folder is one to another run's: what is written from now on is this run's."""
+    if folder.is_symlink():
+        folder.unlink()
+
+
 def open_stage(parameters: StageParameters, inputs: Mapping[str, str] | None = None) -> Stage:
     """Open a stage: lock its folder, read its upstream manifests, take up what an interrupted identical run left.
 
@@ -187,6 +227,7 @@ def open_stage(parameters: StageParameters, inputs: Mapping[str, str] | None = N
     for name in parameters.upstream():
         load_manifest(run_dir, name)
         digests[name] = sha256_file(manifest_path(run_dir, name))
+    own(folder)
     _writable(folder)
     require_space(folder, 64 * 2**20)
     lock = _take_lock(folder)

@@ -48,7 +48,7 @@ def paired(ours: list[Score], theirs: list[Score], confidence: float) -> dict[st
     return means | facts | estimate_columns(estimate, confidence)
 
 
-def _way(run: dict[str, dict], variant: str) -> tuple[str, str]:
+def way(run: dict[str, dict], variant: str) -> tuple[str, str]:
     """How an evaluation asked and scored."""
     parameters = run[f"evaluation/{variant}"]["parameters"]
     return parameters.get("protocol", "default"), parameters.get("choice_scoring", "generated")
@@ -63,7 +63,7 @@ def compare(run_dir: Path, rows: list, references: dict[str, tuple[str, str]], c
     for columns, variant, _ in rows:
         benchmark = columns["benchmark"]
         reference, reference_variant = references.get(benchmark, ("", ""))
-        if not reference or reference == columns["model"] or _way(run, variant) != _way(run, reference_variant):
+        if not reference or reference == columns["model"] or way(run, variant) != way(run, reference_variant):
             continue
         scores = (model_scores(run_dir, v, benchmark) for v in (variant, reference_variant))
         difference = paired(*scores, confidence)
@@ -82,32 +82,40 @@ def gain_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
 def leader_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
     """For each benchmark and for their mean the best model, and whether all others are worse; columns LEADER.
 
-    `clear` where every other model's paired difference to the best one has an interval below 0, uncorrected for their
-    number; `others` counts them. Of equals the first is named, and is not clear.
+    `clear` where every other model's paired difference to the best one is below 0 (`worse`), uncorrected for their
+    number; `others` counts those that it was compared with. Not clear where one was asked in another way and can not be
+    compared. Of equals the first is named, and is not clear.
     """
-    run = completed(run_dir)
-    rows, best = benchmark_rows(run), {}
-    for columns, variant, facts in rows:
-        held = best.get(columns["benchmark"])
-        if held is None or facts["pass_at_1"] > held[0]:
-            best[columns["benchmark"]] = (facts["pass_at_1"], (columns["model"], variant))
-    leaders = [
-        (benchmark, leader, pd.DataFrame(compare(run_dir, rows, {benchmark: leader}, confidence), columns=GAIN))
-        for benchmark, (_, leader) in best.items()
-    ]
+    rows, found = benchmark_rows(completed(run_dir)), []
+    for benchmark in dict.fromkeys(columns["benchmark"] for columns, *_ in rows):
+        asked = [row for row in rows if row[0]["benchmark"] == benchmark]
+        columns, variant, _ = max(asked, key=lambda row: row[2]["pass_at_1"])
+        others = compare(run_dir, asked, {benchmark: (columns["model"], variant)}, confidence)
+        others = pd.DataFrame(others, columns=GAIN)
+        found.append(_leader(benchmark, columns["model"], others, len(asked) - 1, confidence))
     means = average_frame(accuracy_frame(run_dir, confidence), confidence)
-    if len(means) and len(best) > 1:
+    if len(means) and len(found) > 1:
         model = means.loc[means["pass_at_1"].idxmax(), "model"]
         references = {c["benchmark"]: (model, variant) for c, variant, _ in rows if c["model"] == model}
-        leaders.append(
-            (MEAN, (model, ""), mean_differences(compare(run_dir, rows, references, confidence), confidence))
-        )
-    found = [
-        {"benchmark": benchmark, "model": model, "others": len(others)}
-        | {"clear": len(others) > 0 and bool((others["high"] < 0).all())}
-        for benchmark, (model, _), others in leaders
-    ]
+        rivals = [row for row in rows if row[0]["model"] in set(means["model"])]
+        others = mean_differences(compare(run_dir, rivals, references, confidence), confidence)
+        found.append(_leader(MEAN, model, others, len(means) - 1, confidence))
     return pd.DataFrame(found, columns=LEADER)
+
+
+def _leader(benchmark: str, model: str, others: pd.DataFrame, rivals: int, confidence: float) -> dict[str, Any]:
+    clear = 0 < rivals == len(others) and bool(worse(others, confidence).all())
+    return {"benchmark": benchmark, "model": model, "others": len(others), "clear": clear}
+
+
+def worse(differences: pd.DataFrame, confidence: float) -> pd.Series:
+    """Where an interval lies below 0.
+
+    One without width, of problems that all differ alike, counts where the sign test's p-value tells as much: two
+    problems are no certainty.
+    """
+    p_value = differences["p_value"] if "p_value" in differences else pd.Series(1.0, differences.index)
+    return (differences["high"] < 0) & ((differences["stderr"] > 0) | (p_value < 1 - confidence))
 
 
 def mean_differences(compared: list[dict], confidence: float) -> pd.DataFrame:
@@ -123,15 +131,13 @@ def mean_differences(compared: list[dict], confidence: float) -> pd.DataFrame:
 
 
 def _own_branches(run: dict[str, dict], rows: list) -> dict[str, tuple[str, str]]:
-    """benchmark -> (model, variant) of its domain's own branch; where there is none, the branch that scores best."""
-    best: dict[str, tuple[tuple[bool, float], tuple[str, str]]] = {}
-    for columns, variant, facts in rows:
-        if columns["kind"] == "branch":
-            model = columns["model"]
-            rank = (columns["domain"] in model_domains(run, model.partition("@")[0]), facts["pass_at_1"])
-            if columns["benchmark"] not in best or rank > best[columns["benchmark"]][0]:
-                best[columns["benchmark"]] = (rank, (model, variant))
-    return {benchmark: reference for benchmark, (_, reference) in best.items()}
+    """benchmark -> (model, variant) of its domain's own branch, the first of several, whatever they score."""
+    found: dict[str, tuple[str, str]] = {}
+    for columns, variant, _ in rows:
+        model = columns["model"]
+        if columns["kind"] == "branch" and columns["domain"] in model_domains(run, model):
+            found.setdefault(columns["benchmark"], (model, variant))
+    return found
 
 
 def merge_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:

@@ -60,7 +60,7 @@ class StageParameters(BaseModel):
     stage: ClassVar[str]
     notebook: ClassVar[str]
     # Where data lies and how fast a machine is does not change a result, so neither is part of a stage's facts.
-    not_facts: ClassVar[frozenset[str]] = frozenset({"run_dir", "data_root"})
+    not_facts: ClassVar[frozenset[str]] = frozenset({"run_dir", "data_root", "upstream_run"})
     # Facts whose change leaves what an interrupted run has of use: more of the same, or graded anew.
     resumable: ClassVar[frozenset[str]] = frozenset()
 
@@ -79,6 +79,18 @@ class StageParameters(BaseModel):
     def upstream(self) -> tuple[str, ...]:
         """The `stage/variant` names whose manifests this stage reads."""
         return ()
+
+
+class DownstreamParameters(StageParameters):
+    """A stage that reads what others have finished: in its own run, or borrowed from `upstream_run`."""
+
+    upstream_run: str = ""
+
+    @model_validator(mode="after")
+    def upstream_is_another_run(self) -> "DownstreamParameters":
+        if self.upstream_run and from_root(self.upstream_run) == from_root(self.run_dir):
+            raise ValueError("upstream_run is this run itself: leave it empty, or name another run_dir to write to")
+        return self
 
 
 class CurationParameters(StageParameters):
@@ -145,7 +157,7 @@ class CurationParameters(StageParameters):
         return self
 
 
-class SftParameters(StageParameters):
+class SftParameters(DownstreamParameters):
     """Notebook 02: one domain's SFT set (or the union) -> a branch."""
 
     stage: ClassVar[str] = "sft"
@@ -258,7 +270,7 @@ class SftParameters(StageParameters):
         return tuple(f"curation/{domain}" for domain in self.held_out_domains)
 
 
-class MergeParameters(StageParameters):
+class MergeParameters(DownstreamParameters):
     """Notebook 03: one recipe: branches in order -> merged model."""
 
     stage: ClassVar[str] = "merge"
@@ -286,7 +298,7 @@ class MergeParameters(StageParameters):
 SCORINGS = ("generated", "letter", "sum", "mean")
 
 
-class GenerationParameters(StageParameters):
+class GenerationParameters(DownstreamParameters):
     """What evaluation and stress test share: a model, how it is sampled, and how its answers are graded."""
 
     not_facts: ClassVar[frozenset[str]] = StageParameters.not_facts | {
@@ -394,7 +406,7 @@ class StressParameters(GenerationParameters):
         return self
 
 
-class AnalysisParameters(StageParameters):
+class AnalysisParameters(DownstreamParameters):
     """Notebook 06: every manifest of a run -> tables, figures, report."""
 
     stage: ClassVar[str] = "analysis"
@@ -403,6 +415,17 @@ class AnalysisParameters(StageParameters):
     confidence: Annotated[float, Field(gt=0, lt=1)]
     delta_scales: str
     other_runs: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """With the other runs by name: where they lie changes no result."""
+        return super().facts() | {"other_runs": ",".join(Path(run).name for run in names(self.other_runs))}
+
+    @model_validator(mode="after")
+    def other_runs_differ(self) -> "AnalysisParameters":
+        known = [Path(run).name for run in (self.run_dir, *names(self.other_runs))]
+        if len(set(known)) < len(known):
+            raise ValueError("other_runs names a run twice, or this run itself; runs are told apart by their folders")
+        return self
 
     @field_validator("delta_scales")
     @classmethod

@@ -85,26 +85,29 @@ def write_page(executed: Path) -> Path:
     return folder / PAGE
 
 
-def is_current(folder: Path) -> bool:
+def is_current(folder: Path, running: bool = False) -> bool:
     """Whether the executed copy in a stage's folder shows the run that its provenance tells of.
 
-    Not where papermill ran the stage once and JupyterLab ran it since. A copy that is still being executed is current.
+    Not where papermill ran the stage once and JupyterLab ran it since, or where papermill was killed: a copy without an
+    end is that of the stage which is `running`.
     """
     try:
         facts = read_json(folder / EXECUTED)["metadata"].get("papermill", {})
         finished = read_json(folder / PROVENANCE).get("finished", "")
     except (FileNotFoundError, ValueError, KeyError):
         return False
-    return not facts.get("end_time") or facts["end_time"][:19] >= finished[:19]  # both UTC, to the second
+    if not facts.get("end_time"):
+        return running and bool(facts)
+    return facts["end_time"][:19] >= finished[:19]  # both UTC, to the second
 
 
 def write_missing_pages(folders: Iterable[Path]) -> None:
     """Write the pages of stages whose executed copy has none, or an older one: executed elsewhere, or before.
 
-    A copy that is no notebook gets none.
+    A copy that is no notebook gets none, nor one in a folder that can not be written.
     """
     for folder in folders:
         made = (folder / PAGE).stat().st_mtime if (folder / PAGE).is_file() else 0.0
         if is_current(folder) and made < (folder / EXECUTED).stat().st_mtime:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, OSError):
                 write_page(folder / EXECUTED)

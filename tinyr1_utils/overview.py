@@ -70,6 +70,8 @@ def tradeoff_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
 def hours_frame(run_dir: Path) -> pd.DataFrame:
     """Hours of every trained or merged model: seconds of its stage, times the processes of its training, over 3600.
 
+    A training that was killed and went on has the seconds of its last session alone.
+
     GPU hours where a process has a GPU. A merged model's training is that of its branches. NaN where a part of it is
     not in the run, or does not apply. Columns HOURS.
     """

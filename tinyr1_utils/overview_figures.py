@@ -107,18 +107,19 @@ def branch_gains(frame: pd.DataFrame) -> Figure:
     if frame.empty:
         return note("gains by branch and domain: no branch is evaluated beside the backbone")
     models, benchmarks = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["benchmark"]))
-    figure, axes = plt.subplots(figsize=(TEXT_WIDTH_IN, 0.3 * len(models) + 0.9))
+    figure, axes = plt.subplots(figsize=(TEXT_WIDTH_IN, 0.36 * len(models) + 0.9))
     reach = max(100 * frame["difference"].abs().max(), 1.0)
     grid = frame.pivot(index="model", columns="benchmark", values="difference").loc[models, benchmarks]
     image = axes.imshow(100 * grid, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto")
     for row in frame.to_dict("records"):
         place = (benchmarks.index(row["benchmark"]), models.index(row["model"]))
-        told = f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+        told = f"{100 * row['difference']:+.1f}"
+        told += f"\n[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]" if pd.notna(row["low"]) else ""
         weight = "bold" if row["low"] > 0 or row["high"] < 0 else "normal"
         dark = abs(100 * row["difference"]) > 0.6 * reach
         axes.text(*place, told, ha="center", va="center", fontweight=weight, color="white" if dark else "#1A1A1A")
     domains = dict(zip(frame["benchmark"], frame["domain"], strict=True))
-    axes.set_xticks(range(len(benchmarks)), [f"{domains[name]} ({name})" for name in benchmarks])
+    axes.set_xticks(range(len(benchmarks)), [f"{domains[name]}\n({name})" for name in benchmarks])
     axes.set_yticks(range(len(models)), [looks.look(model).label for model in models])
     axes.set(xlabel="benchmark", ylabel="model")
     axes.grid(visible=False)

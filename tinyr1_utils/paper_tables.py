@@ -26,6 +26,12 @@ def _printed(metric: str, value: float) -> str:
     return f"{value:.1f}" if metric.endswith("percent") else f"{value:g}"
 
 
+def _hours(value: float) -> str:
+    if pd.isna(value):
+        return EMPTY
+    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
+
+
 def _twin(table: str, columns: list[_Column], reported: pd.DataFrame, models: list[str]) -> pd.DataFrame:
     """The reported rows of one of the paper's tables, then this run's models."""
     rows = []
@@ -85,7 +91,7 @@ def table_2(accuracy: pd.DataFrame, hours: pd.DataFrame, reported: pd.DataFrame)
         _Column(
             f"{what} (device hours)",
             ("", f"{what}_gpu_hours"),
-            {r.model: f"{getattr(r, f'{what}_hours'):.2g}" for r in hours.dropna(subset=f"{what}_hours").itertuples()},
+            {model: _hours(spent) for model, spent in zip(hours["model"], hours[f"{what}_hours"], strict=True)},
         )
         for what in ("training", "merge")
     ]

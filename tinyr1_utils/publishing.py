@@ -14,6 +14,7 @@ import nbformat
 
 from tinyr1_utils.artifacts import EXECUTED, MANIFEST, completed
 from tinyr1_utils.config import RunConfig, names, project_root
+from tinyr1_utils.executed_pages import is_current
 
 LARGEST_NOTEBOOK_BYTES = 1_000_000
 # Stages whose notebooks show no text of a dataset, whatever it is.
@@ -44,7 +45,9 @@ def publish(config: RunConfig) -> Path:
         shutil.copyfile(run_dir / name / MANIFEST, target / name / MANIFEST)
         stage = name.partition("/")[0]
         shown[stage] += 1
-        if (generated or stage in WITHOUT_TEXT) and shown[stage] <= NOTEBOOKS_PER_STAGE:
+        if not is_current(run_dir / name):
+            print(f"not published: {name} has no executed notebook of the run that made it")
+        elif (generated or stage in WITHOUT_TEXT) and shown[stage] <= NOTEBOOKS_PER_STAGE:
             _publish_notebook(run_dir / name / EXECUTED, target / name / EXECUTED)
     for kind, pattern, heading_lines in (("figures", "*.csv", 1), ("tables", "*.md", 2), ("costs", "*.md", 2)):
         folder = target / ("analysis" if kind == "figures" else "tables")
@@ -57,7 +60,10 @@ def publish(config: RunConfig) -> Path:
 
 def _all_generated(manifests: dict[str, dict]) -> bool:
     curated = [m["parameters"]["sources"] for name, m in manifests.items() if name.startswith("curation/")]
-    return bool(curated) and all(source.startswith("micro-") for sources in curated for source in names(sources))
+    asked = [name for m in manifests.values() for name in m["metrics"].get("benchmarks", ())]
+    asked += [m["metrics"]["benchmark"] for m in manifests.values() if "benchmark" in m["metrics"]]
+    read = [*asked, *(source for sources in curated for source in names(sources))]
+    return bool(curated) and all(name.startswith("micro-") for name in read)
 
 
 def _publish_notebook(source: Path, target: Path) -> None:

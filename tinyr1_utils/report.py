@@ -81,17 +81,17 @@ def _number(value: float, digits: int) -> str:
     return EMPTY if pd.isna(value) else f"{value:.{digits}f}"
 
 
-def _link(run_dir: Path, name: str) -> str:
+def _link(run_dir: Path, name: str, running: bool) -> str:
     """The page of a stage's executed copy from the run folder; empty where there is none of the run that made it.
 
-    The analysis is still being executed, so its page is there when the report is read.
+    The page of the analysis that is running is there when the report is read.
     """
     page = run_dir / name / executed_pages.PAGE
-    there = executed_pages.is_current(page.parent) and (page.is_file() or name.startswith(f"{ANALYSIS}/"))
+    there = executed_pages.is_current(page.parent, running) and (page.is_file() or running)
     return quote(f"{name}/{executed_pages.PAGE}") if there else ""
 
 
-def making(run_dir: Path) -> dict[str, dict[str, Any]]:
+def making(run_dir: Path, variant: str) -> dict[str, dict[str, Any]]:
     """By stage, what made a run: its notebook's number, commits, devices, minutes and peak, and the same by variant.
 
     A variant's `link` is relative to the run folder, and empty without an executed copy of the run that made it.
@@ -101,7 +101,7 @@ def making(run_dir: Path) -> dict[str, dict[str, Any]]:
         rows = [
             {
                 "variant": row.variant,
-                "link": _link(run_dir, f"{stage}/{row.variant}"),
+                "link": _link(run_dir, f"{stage}/{row.variant}", (stage, row.variant) == (ANALYSIS, variant)),
                 "commit": _commit(row),
                 "minutes": _number(row.seconds / 60, 1),
                 "peak_gib": _number(row.peak_gib, 2),
@@ -113,7 +113,7 @@ def making(run_dir: Path) -> dict[str, dict[str, Any]]:
             "notebook": STAGES[stage].notebook.partition("_")[0],
             "rows": rows,
             "commits": ", ".join(commits) if len(commits) <= MOST_COMMITS_NAMED else f"{len(commits)} commits",
-            "minutes": _number(costs["seconds"].sum() / 60, 1),
+            "minutes": _number(costs["seconds"].sum(min_count=1) / 60, 1),
             "peak_gib": _number(costs["peak_gib"].max(), 2),
             "devices": ", ".join(dict.fromkeys(name for name in costs["devices"] if name)),
         }
@@ -131,18 +131,19 @@ def report_html(
 ) -> Path:
     """Write <run_dir>/<variant>.html: summary, main table, each figure with caption, table, caveats and what made it.
 
-    `frames` and `tables` are keyed by the figure's name (`tables` also by `main`, `gains`, `reported`); the figures of
-    the finished analysis `variant` are embedded. A figure whose frame is empty is left out and named as missing data.
+    `frames` are keyed by the figure's name, `tables` by a figure's or by their own; the figures of the finished
+    analysis `variant` are embedded. A figure whose frame is empty is left out and named as missing data.
     Executed notebooks are linked as HTML; pages that are missing are written. Tells times and commits, so it is no
     output in a manifest.
     """
     analysis = run_dir / ANALYSIS / variant
     done = [run_dir / row.stage / row.variant for row in status.cost_frame(run_dir).itertuples()]
-    executed_pages.write_missing_pages(folder for folder in done if folder != analysis)  # which still runs
+    # Not of this analysis, which still runs, nor in another run's folder.
+    executed_pages.write_missing_pages(f for f in done if f != analysis and not f.is_symlink())
     shown = {name: frame for name, frame in frames.items() if not frame.empty}
     images = {n: base64.b64encode((analysis / "figures" / f"{n}.png").read_bytes()).decode() for n in shown}
     level = next((f"{100 * frame['confidence'].max():g}" for frame in shown.values() if "confidence" in frame), "")
-    stages = making(run_dir)
+    stages = making(run_dir, variant)
     text = _template().render(
         title=title,
         run=run_dir.name,
@@ -155,6 +156,7 @@ def report_html(
         left_out=[name.replace("_", " ") for name in frames if name not in shown],
         level=level,
         stages=stages,
+        commit=next(row["commit"] for row in stages[ANALYSIS]["rows"] if row["variant"] == variant),
         made_by={name: [stage for stage in makers if stage in stages] for name, makers in MADE_BY.items()},
     )
     path = run_dir / f"{variant}.html"

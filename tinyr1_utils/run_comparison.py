@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 
 from tinyr1_utils import looks, status
-from tinyr1_utils.analysis import model_scores
-from tinyr1_utils.artifacts import completed
-from tinyr1_utils.comparisons import paired
+from tinyr1_utils.analysis import model_scores, models
+from tinyr1_utils.artifacts import completed, require_run
+from tinyr1_utils.comparisons import paired, way
 
 SCORES = ["variant", "benchmark", "first", "second", "difference", "stderr", "low", "high", "n_problems", "confidence"]
 SCORES += ["p_value", "unpaired"]
@@ -39,25 +39,29 @@ def score_differences(first: Path, second: Path, confidence: float = 0.95) -> pd
 def against_runs(run_dir: Path, others: Sequence[Path], confidence: float = 0.95) -> pd.DataFrame:
     """This run's models minus those of the same evaluation variant in each other run; columns AGAINST.
 
-    `run` is the other's name. Of a run that shares no problem with this one there is no row.
+    `run` is the other's name. A model that the other run asked in another way is left out, and so is a run that shares
+    no problem with this one.
     """
     run, parts = completed(run_dir), []
+    named = {variant: model for model, _, variant in models(run, "evaluation")}
     for other in others:
+        there = completed(other)
         frame = score_differences(other, run_dir, confidence)
-        models = [run[f"evaluation/{variant}"]["parameters"]["model"] for variant in frame["variant"]]
+        alike = [way(run, variant) == way(there, variant) for variant in frame["variant"]]
+        frame = frame[pd.Series(alike, frame.index, dtype=bool)]
         panel = [f"{benchmark}, minus {other.name}" for benchmark in frame["benchmark"]]
-        parts.append(frame.assign(origin=looks.THIS_RUN, run=other.name, model=models, panel=panel))
+        known = {"origin": looks.THIS_RUN, "run": other.name, "model": frame["variant"].map(named), "panel": panel}
+        parts.append(frame.assign(**known))
     frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=AGAINST)
     return frame.sort_values("model", key=lambda models: models.map(looks.order), kind="stable")[AGAINST]
 
 
 def other_digests(others: Sequence[Path]) -> dict[str, str]:
-    """`run:<name>/<stage>/<variant>` -> SHA-256 of its manifest. Raises FileNotFoundError for a folder without any."""
+    """`run:<name>/<stage>/<variant>` -> SHA-256 of its manifest. FileNotFoundError for a folder that is no run."""
     digests = {}
     for other in others:
+        require_run(other)
         found = status.manifest_digests(other)
-        if not found:
-            raise FileNotFoundError(f"{other.name} is no run folder: no manifest of a finished stage lies in it")
         digests |= {f"run:{other.name}/{name}": digest for name, digest in found.items()}
     return digests
 
@@ -69,7 +73,7 @@ def parameter_differences(first: Path, second: Path) -> pd.DataFrame:
     """
     found: dict[tuple[str, str, str, str], list[str]] = {}
     runs = completed(first), completed(second)
-    for name in (name for name in runs[0] if name in runs[1]):
+    for name in (name for name in runs[0] if name in runs[1] and not name.startswith("analysis/")):
         stage, variant = name.split("/", 1)
         had, has = (run[name]["parameters"] for run in runs)
         for key in sorted(had.keys() | has.keys()):

@@ -19,8 +19,9 @@ from pathlib import Path
 import filelock
 
 from tinyr1_utils import executed_pages, launch
-from tinyr1_utils.artifacts import EXECUTED, MANIFEST
+from tinyr1_utils.artifacts import EXECUTED, MANIFEST, own
 from tinyr1_utils.config import (
+    STAGES,
     GenerationParameters,
     RunConfig,
     StageParameters,
@@ -105,7 +106,9 @@ def execute(parameters: StageParameters) -> Path:
     given = parameters.model_dump()
     check_parameters(source, given, notebook_parameters(notebook))
     executed = root / parameters.run_dir / label / EXECUTED
+    named = executed.relative_to(root) if executed.is_relative_to(root) else executed
     try:
+        own(executed.parent)
         executed.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"{label}: can not write to {executed.parent}: {error.strerror}")
@@ -134,12 +137,12 @@ def execute(parameters: StageParameters) -> Path:
     except PapermillExecutionError as error:
         fail(
             f"{label} failed in notebook {source.name}, code cell {len(seen)} of {code_cells}:\n"
-            f"  {error.ename}: {error.evalue}\n  executed copy: {executed.relative_to(root)}, as a page: {PAGE}"
+            f"  {error.ename}: {error.evalue}\n  executed copy: {named}, as a page: {PAGE}"
         )
     finally:
         write_page(label, executed)
     if not (executed.parent / MANIFEST).is_file():
-        fail(f"{label}: {source.name} ended without writing {MANIFEST}; see {executed.relative_to(root)}")
+        fail(f"{label}: {source.name} ended without writing {MANIFEST}; see {named}")
     print(f"{label}  done in {time.monotonic() - started:.0f} s", flush=True)
     return executed
 
@@ -247,6 +250,9 @@ def run_all(arguments: argparse.Namespace) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / ".run.lock")
         lock.acquire(timeout=3)
+        for name in (f"{stage}/{variant}" for stage in STAGES for variant in getattr(config, stage).variants):
+            if not arguments.dry_run:
+                own(run_dir / name)  # Snakemake deletes the outputs of what it runs again
     except OSError as error:
         if isinstance(error, filelock.Timeout):
             fail(f"another `make run` is using {config.run_dir}; wait for it or stop it")

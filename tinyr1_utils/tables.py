@@ -12,6 +12,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from tinyr1_utils import looks
+from tinyr1_utils.comparisons import MEAN
 from tinyr1_utils.records import atomic_path
 
 MARK = "reported, "
@@ -87,7 +88,7 @@ def main_table(accuracy: pd.DataFrame, average: pd.DataFrame, leaders: pd.DataFr
     table = _wide(
         own, "model", lambda r: f"{r.domain} ({r.benchmark})", lambda r: marked(r.benchmark, r.model, rate(r))
     )
-    means = {r.model: marked("mean", r.model, _percent(r.pass_at_1, r.stderr)) for r in average.itertuples()}
+    means = {r.model: marked(MEAN, r.model, _percent(r.pass_at_1, r.stderr)) for r in average.itertuples()}
     in_order = [means.get(model, EMPTY) for model in dict.fromkeys(own["model"])]
     table["mean"] = pd.Series(in_order, dtype=object)
     return _with_twins(table, own, reported, lambda r: _percent(r.pass_at_1))
