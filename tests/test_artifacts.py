@@ -164,7 +164,6 @@ def test_another_runs_stages_are_read_and_never_written(tmp_path):
     assert output(mine, "curation/math", "selected.jsonl").is_file() and "upstream_run" not in branch.facts()
     run_stage(mine, "curation", seed=1)
     assert not (mine / "curation" / "math").is_symlink() and stamps(other) == before
-    assert borrow(parameters(mine, "evaluation", "math", upstream_run=str(other))) == ["sft/math"]
     (mine / "curation" / "math" / MANIFEST).unlink()  # begun here, or killed: this run's own
     assert borrow(branch) == [] and not (mine / "curation" / "math").is_symlink()
     third = tmp_path / "third"

@@ -102,7 +102,7 @@ def test_every_config_loads_and_resolves(path):
         (
             "curation.variants.math.domain",
             "maths",
-            f"domain: Value error, unknown domain 'maths'; one of {KNOWN}",
+            f"domain: unknown domain 'maths'; one of {KNOWN}",
         ),
         ("evaluation.variants.math", {"model": "math"}, "must be 'backbone', 'sft/<branch>' or 'merge/<recipe>'"),
         ("evaluation.variants.math", {"model": "sft/maths"}, "needs sft/maths, which the config does not plan"),
