@@ -173,6 +173,7 @@ SIBLINGS = {
     ("stage_runner", "executed_pages"): "an executed copy gets its page at once",
     ("stage_runner", "figures"): "`make figures` redraws the published figures",
     ("stage_runner", "publishing"): "`make publish` copies a finished run's results",
+    ("publishing", "executed_pages"): "what is published is the copy of the run that made the results",
 }
 
 # Slow or optional libraries: imported by the function that uses them, but for the modules named here.
