@@ -15,7 +15,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from tinyr1_utils import looks, merge_figures, overview_figures, stress_figures
-from tinyr1_utils.plotting import REPORTED_FACE, TEXT_WIDTH_IN, dots, marker_size, note, panels, styled
+from tinyr1_utils.plotting import REPORTED_FACE, TEXT_WIDTH_IN, differences, dots, marker_size, note, panels, styled
 from tinyr1_utils.records import atomic_path
 
 NARROWEST_SCALE = 5.0  # percent; an accuracy panel shows at least this much
@@ -43,12 +43,7 @@ def merge_recipes(frame: pd.DataFrame) -> Figure:
     """pass@1 minus the domain's own branch, a panel per benchmark. Frame: `merge_frame` (+ reported rows)."""
     if frame.empty:
         return note("merge recipes: no branch and merged model are evaluated on one benchmark")
-
-    def draw(axes, positions, part, reported):
-        axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
-        dots(axes, positions, part, "difference", "model", reported)
-
-    return panels(frame, "benchmark", "model", "minus own branch (points)", "model", draw)
+    return panels(frame, "benchmark", "model", "minus own branch (points)", "model", differences)
 
 
 @styled

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from tinyr1_utils import looks
-from tinyr1_utils.plotting import REPORTED_FACE, TEXT_WIDTH_IN, dots, marker_size, note, panels, styled
+from tinyr1_utils.plotting import REPORTED_FACE, TEXT_WIDTH_IN, differences, marker_size, note, panels, styled
 
 BOX_IN, GAP_IN = 0.3, 0.1
 MOST_MERGES = 8  # boxes of a column; a sweep has many more merged models
@@ -136,12 +136,7 @@ def run_differences(frame: pd.DataFrame) -> Figure:
     """
     if frame.empty:
         return note("other runs: none is set beside this one, or none shares a problem with it")
-
-    def draw(axes, positions, part, reported):
-        axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
-        dots(axes, positions, part, "difference", "model", reported)
-
-    return panels(frame, "panel", "model", "this run minus the other (points)", "model", draw)
+    return panels(frame, "panel", "model", "this run minus the other (points)", "model", differences)
 
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {

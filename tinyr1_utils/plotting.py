@@ -134,3 +134,9 @@ def dots(axes: Axes, positions: list[int], part: pd.DataFrame, value: str, name:
             axes.plot([100 * row["low"], 100 * row["high"]], [y, y], color=look.colour, solid_capstyle="butt")
         face = REPORTED_FACE if reported else look.colour
         axes.plot(x, y, look.marker, color=look.colour, markerfacecolor=face, markersize=marker_size(look))
+
+
+def differences(axes: Axes, positions: list[int], part: pd.DataFrame, reported: bool) -> None:
+    """Each model's difference with its interval, and a dashed line at 0."""
+    axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
+    dots(axes, positions, part, "difference", "model", reported)

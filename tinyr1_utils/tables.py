@@ -17,6 +17,21 @@ from tinyr1_utils.records import atomic_path
 
 MARK = "reported, "
 EMPTY = "–"
+# Columns of words: everything else is numbers.
+WORDS = {"origin", "model", "benchmark", "scoring", "change", "recipe", "settings", "merge order", "chosen", "verdict"}
+WORDS |= {
+    "branch",
+    "filter",
+    "stage",
+    "parameter",
+    "first",
+    "second",
+    "variants",
+    "run",
+    "arithmetic",
+    "source",
+    "table",
+}
 BOLD = {"md": "**{}**", "tex": r"\textbf{{{}}}"}
 LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "−": "$-$", "–": "--"}
 
@@ -307,7 +322,10 @@ def to_latex(table: pd.DataFrame) -> str:
 
 
 def styled(table: pd.DataFrame, name: str = "table") -> Styler:
-    """The table as a notebook and the report show it: reported columns and lines have the class `reported`."""
+    """The table as a notebook and the report show it: words to the left, numbers to the right.
+
+    Reported columns and lines have the class `reported`, cells that are `Best` the class `best`.
+    """
     marks = pd.DataFrame("", index=table.index, columns=table.columns)
     marks.loc[:, [str(column).startswith(MARK) for column in table.columns]] = "reported"
     if "origin" in table:
@@ -316,7 +334,9 @@ def styled(table: pd.DataFrame, name: str = "table") -> Styler:
     marks = marks.where(~table.map(lambda cell: isinstance(cell, Best)), "best")
     grey = {"selector": ".reported", "props": "background-color: #f0f0f0; color: #444; font-style: italic"}
     bold = {"selector": ".best", "props": "font-weight: bold"}
-    return style.set_td_classes(marks).set_table_styles([grey, bold]).set_uuid(name)
+    worded = [i for i, column in enumerate(table.columns) if column in WORDS]
+    left = [{"selector": f".col{i}", "props": "text-align: left"} for i in worded]
+    return style.set_td_classes(marks).set_table_styles([grey, bold, *left]).set_uuid(name)
 
 
 def save_table(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
