@@ -120,6 +120,11 @@ def making(run_dir: Path, variant: str) -> dict[str, dict[str, Any]]:
     return stages
 
 
+def report_path(run_dir: Path, variant: str) -> Path:
+    """Where the report of an analysis lies: the run's own page is <run>/report.html."""
+    return run_dir / f"{variant}.html"
+
+
 def report_html(
     run_dir: Path,
     variant: str,
@@ -159,7 +164,7 @@ def report_html(
         commit=next(row["commit"] for row in stages[ANALYSIS]["rows"] if row["variant"] == variant),
         made_by={name: [stage for stage in makers if stage in stages] for name, makers in MADE_BY.items()},
     )
-    path = run_dir / f"{variant}.html"
+    path = report_path(run_dir, variant)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
