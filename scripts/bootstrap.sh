@@ -80,11 +80,14 @@ fi
 python=$venv/bin/python
 "$python" -m pip install -q --disable-pip-version-check "$(grep '^uv==' "$lock")"
 
-# uv reads none of pip's settings.
-find_links=${PIP_FIND_LINKS:-$("$python" -m pip config get global.find-links 2>/dev/null || true)}
+# uv reads none of pip's settings. `pip config get` of older pips does not see those of a second file: list does.
+pip_setting() {
+    "$python" -m pip config list 2>/dev/null | sed -n "s/^global\\.$1='\(.*\)'\$/\1/p" | sed 's/\\n/ /g'
+}
+find_links=${PIP_FIND_LINKS:-$(pip_setting find-links)}
 # shellcheck disable=SC2086 # pip separates by any white space, uv by commas
 find_links=$(echo $find_links | tr ' ' ,)
-cert=${PIP_CERT:-$("$python" -m pip config get global.cert 2>/dev/null || true)}
+cert=${PIP_CERT:-$(pip_setting cert)}
 if [ -n "$cert" ]; then export SSL_CERT_FILE=${SSL_CERT_FILE:-$cert}; fi
 if [ -n "${PIP_INDEX_URL:-}" ]; then export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}; fi
 uv=("$venv/bin/uv" pip)
