@@ -172,6 +172,11 @@ def test_another_runs_stages_are_read_and_never_written(tmp_path):
     assert borrow(parameters(mine, "sft", "math")) == [] and not list((mine / "curation").glob("code"))
     with pytest.raises(FileNotFoundError, match="nothing is no run folder"):
         borrow(parameters(mine, "sft", "math", upstream_run=str(tmp_path / "nothing")))
+    published = tmp_path / "published" / "curation" / "math"
+    published.mkdir(parents=True)
+    (published / MANIFEST).write_bytes((third / "curation" / "code" / MANIFEST).read_bytes())
+    with pytest.raises(FileNotFoundError, match="published is no run folder"):
+        borrow(parameters(mine, "sft", "math", upstream_run=str(tmp_path / "published")))
     with pytest.raises(ValueError, match="upstream_run is this run itself"):
         parameters(mine, "sft", "math", upstream_run=str(mine))
 

@@ -201,8 +201,9 @@ def borrow(parameters: DownstreamParameters) -> list[str]:
 def require_run(folder: Path) -> dict[str, dict[str, Any]]:
     """`completed` of another run. FileNotFoundError where the folder is none, or holds what was published of one."""
     found = completed(folder)
-    listed = [folder / name / file for name, manifest in found.items() for file in manifest["outputs"]]
-    if not found or not all(file.exists() for file in listed[:1]):
+    first = next(iter(found), "")
+    # What is published of a run has its manifests and none of the files that they list: one stage tells.
+    if not first or not all((folder / first / file).exists() for file in found[first]["outputs"]):
         raise FileNotFoundError(f"{folder.name} is no run folder: no finished stage with its files lies in {folder}")
     return found
 

@@ -70,10 +70,9 @@ def tradeoff_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
 def hours_frame(run_dir: Path) -> pd.DataFrame:
     """Hours of every trained or merged model: seconds of its stage, times the processes of its training, over 3600.
 
-    A training that was killed and went on has the seconds of its last session alone.
-
-    GPU hours where a process has a GPU. A merged model's training is that of its branches. NaN where a part of it is
-    not in the run, or does not apply. Columns HOURS.
+    GPU hours where a process has a GPU. A merged model's training is that of its branches; one that was killed and went
+    on has the seconds of its last session alone. NaN where a part of it is not in the run, or does not apply. Columns
+    HOURS.
     """
     run = completed(run_dir)
     seconds = cost_frame(run_dir).set_index(["stage", "variant"])["seconds"]
@@ -94,10 +93,8 @@ def hours_frame(run_dir: Path) -> pd.DataFrame:
 
 def headline_frame(accuracy: pd.DataFrame) -> pd.DataFrame:
     """Of `accuracy_frame` backbone, mixtures and the run's plain Arcee Fusion, or every merged model without one."""
-    merged = (accuracy["model"] == REFERENCE) | (
-        (accuracy["kind"] == "merged model") & ~(accuracy["model"] == REFERENCE).any()
-    )
-    return accuracy[accuracy["kind"].isin(["backbone", "mixture"]) | merged]
+    plain, merged = accuracy["model"] == REFERENCE, accuracy["kind"] == "merged model"
+    return accuracy[accuracy["kind"].isin(["backbone", "mixture"]) | (plain if plain.any() else merged)]
 
 
 def power_frame(run_dir: Path) -> pd.DataFrame:

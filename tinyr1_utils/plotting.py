@@ -42,13 +42,14 @@ def _blocks(frame: pd.DataFrame, panel: str, row: str) -> list[tuple[str, list[s
         rows = frame[frame["origin"] == origin].groupby(panel, sort=False)[row].agg(set)
         lines: list[list[str]] = []
         for name, own in rows.items():
-            alike = [line for line in lines if 2 * len(own & rows[line[0]]) >= len(own | rows[line[0]])]
-            open_lines = lines if origin == looks.REPORTED else alike
-            line = next((line for line in open_lines if len(line) < COLUMNS), None)
-            if line is None:
-                lines.append([name])
+            for line in lines:
+                first = rows[line[0]]
+                alike = origin == looks.REPORTED or 2 * len(own & first) >= len(own | first)
+                if alike and len(line) < COLUMNS:
+                    line.append(name)
+                    break
             else:
-                line.append(name)
+                lines.append([name])
         blocks += [(origin, line) for line in lines]
     return blocks
 

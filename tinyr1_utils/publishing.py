@@ -45,10 +45,12 @@ def publish(config: RunConfig) -> Path:
         shutil.copyfile(run_dir / name / MANIFEST, target / name / MANIFEST)
         stage = name.partition("/")[0]
         shown[stage] += 1
-        if not is_current(run_dir / name):
-            print(f"not published: {name} has no executed notebook of the run that made it")
-        elif (generated or stage in WITHOUT_TEXT) and shown[stage] <= NOTEBOOKS_PER_STAGE:
+        if not (generated or stage in WITHOUT_TEXT) or shown[stage] > NOTEBOOKS_PER_STAGE:
+            continue
+        if is_current(run_dir / name):
             _publish_notebook(run_dir / name / EXECUTED, target / name / EXECUTED)
+        else:
+            print(f"not published: {name} has no executed notebook of the run that made it")
     for kind, pattern, heading_lines in (("figures", "*.csv", 1), ("tables", "*.md", 2), ("costs", "*.md", 2)):
         folder = target / ("analysis" if kind == "figures" else "tables")
         folder.mkdir(exist_ok=True)

@@ -65,9 +65,8 @@ def _shown(frame: pd.DataFrame) -> pd.DataFrame:
     ratio = pd.Series([part[2] for part in parts], index=frame.index)
     largest = ratio.groupby([frame["model"], frame["benchmark"].fillna(""), frame["scoring"], series]).transform("max")
     kept = frame[own & (ratio == largest)]
-    kept = kept[
-        kept["n_problems"] >= min(FEWEST, kept["n_problems"].max())
-    ]  # a trial on few problems shows what it has
+    fewest = min(FEWEST, kept["n_problems"].max())  # a trial on few problems shows what it has
+    kept = kept[kept["n_problems"] >= fewest]
     rank = {label: place for place, label in enumerate(sorted(set(kept["change"]), key=change_order))}
     in_order = kept.sort_values("change", key=lambda labels: labels.map(rank), kind="stable")
     return pd.concat([in_order, frame[~own]])

@@ -18,20 +18,10 @@ from tinyr1_utils.records import atomic_path
 MARK = "reported, "
 EMPTY = "–"
 # Columns of words: everything else is numbers.
-WORDS = {"origin", "model", "benchmark", "scoring", "change", "recipe", "settings", "merge order", "chosen", "verdict"}
-WORDS |= {
-    "branch",
-    "filter",
-    "stage",
-    "parameter",
-    "first",
-    "second",
-    "variants",
-    "run",
-    "arithmetic",
-    "source",
-    "table",
-}
+WORDS = set(
+    "arithmetic,benchmark,branch,change,chosen,filter,first,merge order,model,origin,parameter,recipe,run,scoring,"
+    "second,settings,source,stage,table,variants,verdict".split(",")
+)
 BOLD = {"md": "**{}**", "tex": r"\textbf{{{}}}"}
 LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "−": "$-$", "–": "--"}
 
