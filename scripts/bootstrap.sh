@@ -82,7 +82,11 @@ python=$venv/bin/python
 
 # uv reads none of pip's settings. `pip config get` of older pips does not see those of a second file: list does.
 pip_setting() {
-    "$python" -m pip config list 2>/dev/null | sed -n "s/^global\\.$1='\(.*\)'\$/\1/p" | sed 's/\\n/ /g'
+    local line value
+    while IFS= read -r line; do
+        value=${line#"global.$1='"}
+        if [ "$value" != "$line" ]; then value=${value%"'"}; echo "${value//\\n/ }"; fi
+    done < <("$python" -m pip config list 2>/dev/null)
 }
 find_links=${PIP_FIND_LINKS:-$(pip_setting find-links)}
 # shellcheck disable=SC2086 # pip separates by any white space, uv by commas

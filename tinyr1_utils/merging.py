@@ -4,8 +4,10 @@ Exact Arcee Fusion is ours (`model_fusion`); every other recipe is mergekit's, r
 folder, as the recipe files on disk are. Paths in them are relative to that folder: `backbone` is a link there.
 """
 
+import gc
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -27,7 +29,7 @@ FUSION_REPORT = "fusion.csv"
 SMOKE = {
     "model": BACKBONE, "data_root": "", "limit": 1, "n_samples": 1, "temperature": 0.0, "top_p": 1.0,
     "max_new_tokens": 64, "max_seq_tokens": 512, "backend": "vllm", "chunk_size": 1, "tensor_parallel": 1,
-    "gpu_memory_share": 0.5, "time_limit_s": 10.0, "memory_mb": 512, "workers": 1,
+    "gpu_memory_share": 0.9, "time_limit_s": 10.0, "memory_mb": 512, "workers": 1,
 }  # fmt: skip
 
 
@@ -142,8 +144,10 @@ def model_card(stage: Stage) -> str:
     lines += [f"- {name}: {value}" for name, value in fusion_metrics(stage).items()]
     lines += ["", "| input | SHA-256 |", "|---|---|"]
     lines += [f"| {name} | {digest} |" for name, digest in sorted(stage.inputs.items())]
-    again = f"python -m tinyr1_utils.stage_runner stage --config configs/{stage.run_dir.name}.yaml"
-    lines += ["", f"To make it again: `{again} --stage merge --variant {stage.variant}`"]
+    chosen = parameters.model_dump(exclude={"run_dir", "upstream_run"})
+    arguments = " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in chosen.items())
+    again = f"papermill notebooks/03_merge.ipynb out.ipynb -p run_dir RUN {arguments}"
+    lines += ["", "To make it again in a run whose inputs have these digests:", "", f"    {again}"]
     return "\n".join(lines) + "\n"
 
 
@@ -232,4 +236,5 @@ def smoke_generations(merged: Path, problem: Problem, parameters: MergeParameter
         if completion.output_tokens == 0:
             raise ValueError(f"the merged model generates nothing through {name}")
         rows.append((name, completion.output_tokens, completion.text))
+        gc.collect()  # the next engine needs the GPU that this one has filled
     return pd.DataFrame(rows, columns=["engine", "output_tokens", "text"])
