@@ -9,7 +9,7 @@ COMPILE := $(VENV)/bin/uv pip compile -q --python-version 3.11 --no-annotate --n
 	--custom-compile-command "make lock" --overrides requirements/overrides.txt $(LOCK_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap run plan status compare test test-slow lab lint format figures publish lm-eval benchmark-curation benchmark-grading \
+.PHONY: help bootstrap run plan status verify compare test test-slow lab lint format figures publish lm-eval licences benchmark-curation benchmark-grading \
 	benchmark-merge benchmark-sft benchmark-stress lock clean clean-runs
 
 help:
@@ -18,9 +18,10 @@ help:
 bootstrap:
 	@bash scripts/bootstrap.sh
 
-run: bootstrap ## all notebooks of CONFIG (configs/micro.yaml) headless; DATA_ROOT= where the data lies, CORES= how many
+run: bootstrap ## all notebooks of CONFIG (configs/micro.yaml) headless; DATA_ROOT= where the data lies, CORES= how many, PROFILE=configs/slurm
 	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner all --config $(CONFIG) \
-		$(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(CORES),--cores $(CORES))
+		$(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(CORES),--cores $(CORES)) \
+		$(if $(PROFILE),--profile $(PROFILE))
 
 plan: bootstrap ## memory per GPU, steps and hours of every branch of CONFIG, before anything loads; PLAN_ARGS="--gpu-gib 40"
 	@$(VENV_PYTHON) -m tinyr1_utils.memory_plan --config $(CONFIG) $(PLAN_ARGS)
@@ -35,6 +36,10 @@ test-slow: bootstrap ## of the tests the slow ones alone, which start real jobs,
 
 status: bootstrap ## what of CONFIG is done, stale, running or missing, with its result and its cost, a line each
 	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner status --config $(CONFIG)
+
+verify: bootstrap ## hold every artifact of CONFIG against its manifest; REBUILD=1 runs damaged stages again
+	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner verify --config $(CONFIG) $(if $(REBUILD),--rebuild) \
+		$(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(CORES),--cores $(CORES)) $(if $(PROFILE),--profile $(PROFILE))
 
 compare: bootstrap ## two finished runs, A=run1 B=run2: parameters that differ, scores with paired intervals
 	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner compare $(A) $(B)
@@ -58,6 +63,9 @@ publish: bootstrap ## copy a finished run's small results to papermill_runs/publ
 
 lm-eval: bootstrap ## add lm-evaluation-harness (optional), for IFEval and BBH
 	@$(VENV_PYTHON) -m pip install -q --disable-pip-version-check --no-deps -r requirements/lm-eval.lock
+
+licences: bootstrap ## write requirements/licences.csv anew: what licence each package of cpu.lock says it has
+	@$(VENV_PYTHON) scripts/licences.py
 
 benchmark-grading: bootstrap ## grading and sampling beside their peers: time, agreement
 	$(VENV_PYTHON) benchmarks/grading.py

@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 
+from tinyr1_utils.artifacts import LOG
 from tinyr1_utils.config import STAGES, load_config, stage_parameters, upstream
 
 CONFIG = config.get("run_config") or "configs/micro.yaml"
@@ -34,6 +35,12 @@ def resource(stage, name):
     return getattr(RUN.stage_resources(stage), name)
 
 
+def across_nodes(stage):
+    """A job of several nodes starts its workers itself (launcher `srun`), by one task for each node."""
+    nodes = resource(stage, "nodes")
+    return {"mpi": "srun", "tasks": nodes, "tasks_per_gpu": 0} if nodes > 1 else {}
+
+
 # Long training first, then what waits for it: at the end of a run no core should wait for one long job.
 PRIORITY = {"curation": 4, "sft": 3, "merge": 2, "stress": 1}
 
@@ -61,10 +68,15 @@ for STAGE, parameters in STAGES.items():
         priority: PRIORITY.get(STAGE, 0)
         threads: resource(STAGE, "cores")
         resources:
-            gpu=resource(STAGE, "gpus"),
+            gpus_here=resource(STAGE, "gpus"),
+            gres=f"gpu:{resource(STAGE, 'gpus')}" if resource(STAGE, "gpus") else "",
             nodes=resource(STAGE, "nodes"),
             mem_mb=resource(STAGE, "memory_gib") * 1024,
             runtime=resource(STAGE, "minutes"),
+            attempt=lambda wildcards, attempt: attempt,
+            **across_nodes(STAGE),
+        log:
+            f"{RUN.run_dir}/{STAGE}/{{variant}}/{LOG}",
         shell:
             "{PYTHON:q} -m tinyr1_utils.stage_runner stage --config {CONFIG:q} {DATA_OPTION}"
-            " --stage {params.stage} --variant {wildcards.variant}"
+            " --stage {params.stage} --variant {wildcards.variant} --attempt {resources.attempt} 2>&1 | tee {log:q}"

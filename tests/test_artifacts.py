@@ -121,6 +121,20 @@ def test_more_samples_or_problems_keep_what_an_evaluation_has(tmp_path):
         opened.lock.release()
 
 
+def test_the_key_of_a_stage_is_known_without_opening_it(tmp_path):
+    """Upstream manifests count as in the stage itself; a link to another run's folder is none of this run's work."""
+    run_stage(tmp_path)
+    branch = parameters(tmp_path, "sft")
+    inputs = {"backbone": "digest"}
+    key = artifacts.resume_key(branch, artifacts.all_digests(branch, inputs))
+    opened = open_stage(branch, inputs)
+    opened.lock.release()
+    assert opened.key == key and artifacts.resumes(opened.folder, key)
+    assert not artifacts.resumes(opened.folder, artifacts.resume_key(branch, inputs))
+    (tmp_path / "link").symlink_to(opened.folder, target_is_directory=True)
+    assert not artifacts.resumes(tmp_path / "link", key)
+
+
 def test_clearing_follows_no_link(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()

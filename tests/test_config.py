@@ -110,6 +110,8 @@ def test_every_config_loads_and_resolves(path):
         ("merge.shared.merge_order", "math,math", "must name two or more different branches"),
         ("merge.shared.merge_order", "math,sciense", "needs sft/sciense, which the config does not plan; did you mean"),
         ("sft.variants", {"../up": {"domains": "math"}}, "variant: String should match pattern"),
+        ("sft.shared.run_dir", "../elsewhere", "sft.variants.math: run_dir is not set here: a stage lies where"),
+        ("merge.variants.ties.variant", "../up", "merge.variants.ties: variant is not set here: a stage lies where"),
         ("name", "../up", "name: String should match pattern"),
         ("seed", "many", "seed: Input should be a valid integer"),
     ],
@@ -285,13 +287,25 @@ def test_tinyr1_sampling():
 def test_an_endpoint_is_named_without_a_password():
     values = stage_parameters(PAPER, "evaluation", "backbone").model_dump()
     for url, backend, sentence in (
-        ("http://user:secret@host/v1", "endpoint", "holds a user or a password"),
+        ("http://user:secret@host/v1", "endpoint", "endpoint_url holds a user, a password or a query"),
+        ("http://host/v1?token=secret", "endpoint", "endpoint_url holds a user, a password or a query"),
         ("", "endpoint", "go together"),
         ("http://host/v1", "vllm", "go together"),
     ):
         changed = values | {"endpoint_url": url, "backend": backend}
         with pytest.raises(ValueError, match=sentence) as raised:
             validated(EvaluationParameters, changed, "here")
+        assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("stage", ["curation", "stress"])
+def test_no_other_url_holds_a_password_either(stage):
+    (name,) = {"teacher_url", "paraphraser_url"} & STAGES[stage].model_fields.keys()
+    config = load_config(ROOT / "configs" / "micro.yaml")
+    values = stage_parameters(config, stage, next(iter(getattr(config, stage).variants))).model_dump()
+    for url in ("http://user:secret@host/v1", "http://host/v1?key=secret"):
+        with pytest.raises(ValueError, match=f"{name} holds a user, a password or a query") as raised:
+            validated(STAGES[stage], values | {name: url}, "here")
         assert "secret" not in str(raised.value)
 
 

@@ -1,11 +1,13 @@
 """What `sample` keeps, draws and writes, with a plain engine; prompts and tokenizers with real model folders."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -13,16 +15,21 @@ import pytest
 from conftest import REPOSITORY
 
 from tinyr1_utils.answers import final_text
+from tinyr1_utils.artifacts import Stage, all_digests, completed, open_stage, resume_key
 from tinyr1_utils.chat_templates import load_tokenizer
 from tinyr1_utils.config import EvaluationParameters, load_config, stage_parameters
 from tinyr1_utils.engines import Request
 from tinyr1_utils.generation import (
     CompletionsFile,
     draw_into,
+    draw_shard,
+    parts_folder,
     requests,
     sample,
     sample_seed,
+    share,
     start_engine,
+    take_up,
 )
 from tinyr1_utils.micro_problems import generate
 from tinyr1_utils.prompts import chat
@@ -240,3 +247,155 @@ def test_reasoning_that_the_template_opens_is_part_of_the_text(tmp_path):
     assert completion.text.startswith("<think>\n") and completion.finish_reason == "length"
     assert completion.output_tokens == 4 and final_text(completion.text) == ""
     assert requests(PROBLEMS[:1], load_tokenizer(BACKBONE), settings())[0].opening == ""
+
+
+NAME = "completions-science.jsonl"
+
+
+def draw_part(run: Path, engine: Plain, shard: tuple[int, int], said=None, **changes) -> None:
+    """One job's shard of the 12 requests in 3 chunks, as `evaluation.sample_shard` draws it."""
+    told = settings(run_dir=str(run), **changes)
+    key = resume_key(told, all_digests(told, {"science": "digest"}))
+    asked = {NAME: requests(PROBLEMS, load_tokenizer(BACKBONE), told)}
+    draw_shard(told, key, shard, asked, lambda: engine, (said if said is not None else []).append)
+
+
+@contextlib.contextmanager
+def opened(run: Path) -> Iterator[Stage]:
+    stage = open_stage(settings(run_dir=str(run)), {"science": "digest"})
+    yield stage
+    stage.lock.release()
+
+
+def finished(run: Path) -> tuple[bytes, list]:
+    """The stage behind its shards: its file, and the chunks that it drew itself."""
+    engine = Plain()
+    with opened(run) as stage:
+        take_up(stage, lambda line: None)
+        drawn(stage.path(NAME), engine)
+        return stage.path(NAME).read_bytes(), engine.chunks
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_shards_draw_the_chunks_of_an_undivided_call(n):
+    """A second benchmark is counted on, so that small ones do not all fall to the first shard."""
+    wanted = requests(PROBLEMS, load_tokenizer(BACKBONE), settings())
+    whole = [wanted[start : start + 5] for start in (0, 5, 10)]
+    for before in (0, 3):
+        shares = [share(wanted, 5, (k, n), before) for k in range(1, n + 1)]
+        for number, chunk in enumerate(whole):
+            part = shares[(before + number) % n]
+            assert part[number // n * 5 :][: len(chunk)] == chunk
+        assert sum(map(len, shares)) == len(wanted)
+
+
+def test_shards_and_the_stage_leave_the_bytes_of_an_undivided_call(tmp_path, whole):
+    engines = [Plain() for _ in range(3)]
+    for k in (3, 1, 2):
+        draw_part(tmp_path, engines[k - 1], (k, 3))
+    assert [len(chunk) for engine in engines for chunk in engine.chunks] == [5, 5, 2]
+    assert finished(tmp_path) == (whole, [])
+    assert not (tmp_path / "evaluation-parts").exists()
+    engine = Plain()
+    draw_part(tmp_path, engine, (1, 3))
+    assert engine.chunks == [], "a job that begins behind the stage draws nothing"
+
+
+def test_what_a_shard_did_not_draw_the_stage_draws(tmp_path, whole):
+    engine = Plain()
+    for k in (1, 3):
+        draw_part(tmp_path, engine, (k, 3))
+    file, chunks = finished(tmp_path)
+    assert file == whole and [len(chunk) for chunk in chunks] == [5]
+    assert {key for chunk in [*engine.chunks, *chunks] for key in chunk} == {
+        (problem.id, index) for problem in PROBLEMS for index in range(2)
+    }
+
+
+def test_a_shard_that_was_killed_goes_on_behind_its_last_whole_row(tmp_path, whole):
+    with pytest.raises(ConnectionError):
+        draw_part(tmp_path, Plain(one_by_one=True, fail_after=3), (1, 1))
+    (file,) = tmp_path.glob(f"evaluation-parts/backbone-*/1-of-1/{NAME}")
+    file.write_bytes(file.read_bytes()[:-9])
+    engine = Plain(one_by_one=True)
+    draw_part(tmp_path, engine, (1, 1))
+    assert [len(chunk) for chunk in engine.chunks] == [3, 5, 2] and finished(tmp_path) == (whole, [])
+
+
+def test_another_number_of_shards_goes_on_with_the_same_chunks(tmp_path, whole):
+    """Also behind a stage that was killed."""
+    draw_part(tmp_path, Plain(), (2, 3))
+    with opened(tmp_path) as stage:
+        stage.path(NAME).write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
+    engine = Plain()
+    for k in (1, 2):
+        draw_part(tmp_path, engine, (k, 2))
+    assert [len(chunk) for chunk in engine.chunks] == [2] and finished(tmp_path) == (whole, [])
+
+
+def test_a_shard_mends_no_file_that_another_may_be_writing(tmp_path, whole):
+    draw_part(tmp_path, Plain(), (1, 2))
+    (file,) = tmp_path.glob(f"evaluation-parts/backbone-*/1-of-2/{NAME}")
+    half = file.read_bytes()[:-9]
+    file.write_bytes(half)
+    draw_part(tmp_path, Plain(), (2, 2))
+    assert file.read_bytes() == half
+    file, chunks = finished(tmp_path)
+    assert file == whole and [len(chunk) for chunk in chunks] == [1]
+
+
+def test_a_shard_of_other_parameters_is_left_alone(tmp_path, whole):
+    draw_part(tmp_path, Plain(), (1, 1), temperature=1.0)
+    draw_part(tmp_path, Plain(), (1, 1), seed=7)
+    file, chunks = finished(tmp_path)
+    assert file == whole and len(chunks) == 3
+    assert len(list(tmp_path.glob(f"evaluation-parts/backbone-*/1-of-1/{NAME}"))) == 2, "nobody's work is thrown away"
+    assert completed(tmp_path) == {}
+
+
+def test_of_two_shards_that_drew_the_same_the_stage_keeps_one(tmp_path, whole):
+    draw_part(tmp_path, Plain(), (1, 1))
+    (folder,) = tmp_path.glob("evaluation-parts/backbone-*/1-of-1")
+    shutil.copytree(folder, folder.with_name("1-of-2"))
+    assert finished(tmp_path) == (whole, [])
+
+
+def test_more_shards_than_chunks_is_said(tmp_path):
+    said, engine = [], Plain()
+    draw_part(tmp_path, engine, (4, 4), said)
+    assert said == ["shard 4/4 has none of the 3 chunks: lower chunk_size, or take fewer shards"]
+    assert engine.chunks == []
+
+
+SHARD = """
+import sys, time
+from test_generation import *
+
+def wait(chunk, keep):
+    print("drawing", flush=True)
+    time.sleep(120)
+
+draw_part(Path(sys.argv[1]), wait, (1, 2))
+"""
+
+
+def test_while_a_shard_draws_neither_another_job_nor_the_stage_takes_its_place(tmp_path, whole):
+    draw_part(tmp_path, Plain(), (2, 2))
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    command = [sys.executable, "-c", SHARD, str(tmp_path)]
+    job = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    try:
+        assert job.stdout.readline() == "drawing\n"
+        with pytest.raises(RuntimeError, match=r"another process is running this stage in .*/1-of-2; wait"):
+            draw_part(tmp_path, Plain(), (1, 2))
+        with opened(tmp_path) as stage:
+            with pytest.raises(RuntimeError, match="/1-of-2; wait for it or stop it"):
+                take_up(stage)
+            assert not stage.path(NAME).exists()
+    finally:
+        job.send_signal(signal.SIGKILL)
+        job.wait(30)
+        job.stdout.close()
+    assert parts_folder(stage.parameters, stage.key).is_dir()
+    file, chunks = finished(tmp_path)
+    assert file == whole and [len(chunk) for chunk in chunks] == [5, 2]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tinyr1_utils import memory_plan, training_memory
-from tinyr1_utils.config import SftParameters, from_root, load_config, stage_parameters
+from tinyr1_utils.config import STAGES, SftParameters, from_root, load_config, stage_parameters
 from tinyr1_utils.memory_plan import expected_samples, model_shape, plan, plan_frame, summary_frame
 from tinyr1_utils.training_memory import layer_bytes, moments, peak_gib, state_bytes, trained_parameters
 
@@ -287,6 +287,25 @@ def test_the_committed_plan_of_the_papers_run_is_todays(monkeypatch, capsys):
         memory_plan.main()
     committed = from_root("docs/plan-tinyr1-32b.md").read_text()
     assert capsys.readouterr().out == committed, "make -s plan CONFIG=configs/tinyr1-32b.yaml > docs/plan-tinyr1-32b.md"
+
+
+def test_the_jobs_of_the_papers_run_have_its_batches_steps_and_gpus():
+    """facts: 4 nodes of 8 GPUs; 96, 32 and 96 rows a step; rows packed of 58k, 20k and 8.6k samples, 99 % full."""
+    config = load_config("configs/tinyr1-32b.yaml")
+    shape, planned = model_shape(config.backbone), {}
+    for variant in config.sft.variants:
+        parameters = stage_parameters(config, "sft", variant)
+        planned[variant] = plan(parameters, shape, samples=expected_samples(config, parameters), device="cuda")
+    jobs = memory_plan.jobs_frame(config, planned, price=2.0).set_index("job")
+    for domain, samples, batch in (("math", 58_000, 96), ("code", 20_000, 96), ("science", 8_600, 32)):
+        job = jobs.loc[f"sft/{domain}"]
+        rows = samples * 5000 / (16384 * 0.99)
+        assert (job["GPUs"], job["rows_per_step"]) == (32, batch)
+        assert job["steps_per_epoch"] == math.ceil(rows / batch)
+    trained = jobs.loc[[f"sft/{variant}" for variant in config.sft.variants]]
+    assert jobs.loc["all", "GPU_hours"] > trained["GPU_hours"].sum() == pytest.approx(860, rel=0.01)
+    assert (jobs["cost"] == 2 * jobs["GPU_hours"]).all()
+    assert set(jobs.index[:-1]) == {f"{s}/{v}" for s in STAGES for v in getattr(config, s).variants}
 
 
 def test_the_command_line_refuses(monkeypatch, capsys):

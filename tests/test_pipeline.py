@@ -241,6 +241,42 @@ def test_killed_evaluation_ends_as_an_undisturbed_one(project):
     assert manifests(project, "killed")[name] == manifests(project, "calm")[name]
 
 
+def start_shard(root: Path, config: Path, shard: str) -> subprocess.Popen:
+    """A job of `stage_runner sample`, as a cluster starts it."""
+    command = [sys.executable, "-m", "tinyr1_utils.stage_runner", "sample", "--config", str(config)]
+    return subprocess.Popen(
+        [*command, "--variant", "backbone", "--shard", shard],
+        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def test_shards_of_an_evaluation_and_the_notebook_alone_leave_the_same_manifest(project):
+    """Of three jobs one is killed and started again beside the third, and one never runs; then notebook 04."""
+    shared = {
+        "shared": SMALL | {"benchmarks": "micro-math,micro-code"},
+        "variants": {"backbone": {"model": "backbone"}},
+    }
+    alone = write_config(project, "alone", evaluation=shared)
+    finish(run_stage(project, alone, "evaluation", "backbone"))
+    sharded = write_config(project, "sharded", evaluation=shared)
+    kill_when(start_shard(project, sharded, "1/3"), project, "completions-micro-math.jsonl: 6 of 6 completions")
+    again, beside = (start_shard(project, sharded, shard) for shard in ("1/3", "3/3"))
+    assert "completions-micro-math.jsonl: 6 of 6 completions are there already" in finish(again)
+    finish(beside)
+    parts = sorted((project / "papermill_runs/sharded/evaluation-parts").glob("backbone-*/*/*.jsonl"))
+    assert [f"{path.parent.name}/{path.name}" for path in parts if path.stat().st_size] == [
+        "1-of-3/completions-micro-code.jsonl", "1-of-3/completions-micro-math.jsonl",
+        "3-of-3/completions-micro-code.jsonl",
+    ]  # fmt: skip
+    assert status(project, sharded)[-1].endswith("missing")
+    output = finish(run_stage(project, sharded, "evaluation", "backbone"))
+    assert "completions-micro-code.jsonl: 12 of 12 completions are there already" in output
+    assert "completions-micro-math.jsonl: 6 of 12 completions are there already" in output
+    name = "evaluation/backbone/manifest.json"
+    assert manifests(project, "sharded")[name] == manifests(project, "alone")[name]
+    assert not (project / "papermill_runs/sharded/evaluation-parts").exists()
+
+
 def test_failing_notebook_is_named_with_its_error_and_its_executed_copy(project):
     config = write_config(project, "broken", sft=SFT)
     process = run_stage(project, config, "sft", "math")

@@ -27,7 +27,7 @@ def number(text: str) -> float:
 
 def planned(name: str) -> dict[str, dict[str, str]]:
     """Branch -> what -> value of a committed plan."""
-    text = (REPOSITORY / "docs" / f"plan-{name}.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs" / f"plan-{name}.md").read_text(encoding="utf-8").partition("### Jobs")[0]
     parts = re.split(r"\n### sft/(\w+): .*\n", text)
     return {
         branch: dict(re.findall(r"\| (\w[^|]*?) +\| ([^|]*?) +\|\n", part))

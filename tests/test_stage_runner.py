@@ -166,6 +166,17 @@ def test_an_unknown_stage_or_variant_is_one_sentence(project, monkeypatch, capsy
     assert words in one_sentence(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("shard", ["0/3", "4/3", "1", "1/", "/3", "a/3", "-1/3", "1/3/3", "1/²", ""])
+@pytest.mark.parametrize(("command", "variant"), [("scan", "math"), ("sample", "backbone")])
+def test_a_bad_shard_is_one_sentence(project, monkeypatch, capsys, command, variant, shard):
+    monkeypatch.chdir(project)
+    with pytest.raises(SystemExit) as raised:
+        main([command, "--config", "configs/micro.yaml", "--variant", variant, f"--shard={shard}"])
+    assert raised.value.code == 1
+    assert f"--shard {shard!r} must be k/n with 1 <= k <= n, as 3/8" in one_sentence(capsys.readouterr().err)
+    assert not (project / "papermill_runs").exists()
+
+
 @pytest.mark.parametrize("arguments", [("all",), ("stage", "--stage", "curation", "--variant", "math")])
 def test_a_run_folder_that_can_not_be_written_is_one_sentence(project, monkeypatch, capsys, arguments):
     (project / "papermill_runs").write_text("a file where the folder should be")

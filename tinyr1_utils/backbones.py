@@ -9,6 +9,7 @@ from pathlib import Path
 
 import filelock
 
+from tinyr1_utils import checkpoints
 from tinyr1_utils.config import from_root, nearest, project_root
 
 # Files that make a model usable beside its weights; a branch and a merged model take them over unchanged.
@@ -57,6 +58,8 @@ def check_weights(folder: Path) -> Path:
         raise FileNotFoundError(f"no model folder {folder}")
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise FileNotFoundError(f"{folder} holds no weights: neither {WEIGHTS[0]} nor {WEIGHTS[1]}{_instead(folder)}")
+    if (folder / WEIGHTS[1]).is_file():
+        checkpoints.shards(folder)
     config = folder / "config.json"
     if config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
         raise ValueError(f"{folder} is quantized (quantization_config in config.json): give the unquantized model")
@@ -142,8 +145,13 @@ def _export_gguf(package: Path, file: str, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(
-        package, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        package,
+        gguf_file=file,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+        trust_remote_code=False,
     )
     model.save_pretrained(temporary)
-    AutoTokenizer.from_pretrained(package, gguf_file=file).save_pretrained(temporary)
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file, trust_remote_code=False)
+    tokenizer.save_pretrained(temporary)
     os.replace(temporary, target)

@@ -83,13 +83,14 @@ def trained_model(trained: Path, parameters, backbone: Path):
     if parameters.method == "lora":
         from peft import PeftModel
 
-        model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32, trust_remote_code=False)
         return PeftModel.from_pretrained(model, trained).merge_and_unload().to(wanted)
     if not holds_states(parameters):
-        return AutoModelForCausalLM.from_pretrained(trained, dtype=wanted)
+        return AutoModelForCausalLM.from_pretrained(trained, dtype=wanted, trust_remote_code=False)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(backbone), dtype=wanted)
+    config = AutoConfig.from_pretrained(backbone, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
     model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(str(trained)))
     return model
 

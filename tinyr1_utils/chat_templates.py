@@ -54,7 +54,8 @@ def _read_tokenizer(model: str, template: str, stamps: tuple[int, ...]):
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
-    tokenizer, file = _with_template(AutoTokenizer.from_pretrained(model), template), Path(model) / "tokenizer.json"
+    tokenizer = _with_template(AutoTokenizer.from_pretrained(model, trust_remote_code=False), template)
+    file = Path(model) / "tokenizer.json"
     if file.is_file():
         # transformers builds the tokenizers of some model types anew from their vocabulary, whatever the file says.
         plain = Tokenizer.from_file(str(file)).encode(PROBE, add_special_tokens=False).ids

@@ -51,7 +51,7 @@ def entries(folder: Path) -> dict[str, Entry]:
     index = folder / INDEX
     if not index.is_file():
         return _header(folder / SINGLE)
-    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    listed = shards(folder)
     found: dict[str, Entry] = {}
     for name in sorted(set(listed.values())):
         if not (folder / name).is_file():
@@ -64,6 +64,19 @@ def entries(folder: Path) -> dict[str, Entry]:
     if unlisted:
         raise ValueError(f"{index} does not name the tensor {unlisted[0]} that a shard holds; write the index again")
     return found
+
+
+def shards(folder: Path) -> dict[str, str]:
+    """Tensor -> name of its shard, from a folder's index.
+
+    ValueError for a shard that lies elsewhere or is no safetensors file: whoever loads the model would read it all the
+    same, a pickle among them.
+    """
+    listed = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("weight_map")
+    for name in sorted(set(listed.values())) if isinstance(listed, dict) else [listed]:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{folder / INDEX} names the shard {name!r}, which is no safetensors file of its folder")
+    return listed
 
 
 def _header(file: Path) -> dict[str, Entry]:

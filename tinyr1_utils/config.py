@@ -5,6 +5,7 @@ A config file has a few run-wide keys and one section per stage, each with value
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -24,6 +25,7 @@ from pydantic import (
 from tinyr1_utils.records import DOMAINS
 
 BACKBONE = "backbone"
+VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # a folder's name, which leads nowhere else
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -53,6 +55,12 @@ def known_domain(domain: str) -> str:
     return domain
 
 
+def check_url(name: str, url: str) -> None:
+    """ValueError where the parameter `name` is a URL that may hold a secret: parameters are shown, keys never are."""
+    if "@" in url or "?" in url:
+        raise ValueError(f"{name} holds a user, a password or a query: leave it out and put a key into OPENAI_API_KEY")
+
+
 class StageParameters(BaseModel):
     """What every stage is told. Relative paths are taken from the project's root (see `project_root`)."""
 
@@ -65,7 +73,7 @@ class StageParameters(BaseModel):
     resumable: ClassVar[frozenset[str]] = frozenset()
 
     run_dir: str
-    variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    variant: Annotated[str, Field(pattern=f"^{VARIANT.pattern}$")]
 
     @classmethod
     def collect(cls, namespace: Mapping[str, Any]) -> "StageParameters":
@@ -148,8 +156,7 @@ class CurationParameters(StageParameters):
             raise ValueError("teacher 'endpoint' needs teacher_url (http://host:port/v1)")
         if self.teacher == "vllm" and not self.teacher_model:
             raise ValueError("teacher 'vllm' needs teacher_model, a model folder or hub id")
-        if "@" in self.teacher_url:
-            raise ValueError("teacher_url holds a user or a password: leave it out and put a key into OPENAI_API_KEY")
+        check_url("teacher_url", self.teacher_url)
         if self.teacher_samples > 1 and not self.teacher_temperature:
             raise ValueError("teacher_samples above 1 need a teacher_temperature above 0: greedy samples are all alike")
         if self.teacher_budget_usd and not self.teacher_usd_per_million:
@@ -345,8 +352,7 @@ class GenerationParameters(DownstreamParameters):
             raise ValueError(
                 "backend 'endpoint' and endpoint_url (http://host:port/v1) go together: set both or neither"
             )
-        if "@" in self.endpoint_url:
-            raise ValueError("endpoint_url holds a user or a password: leave it out and put a key into OPENAI_API_KEY")
+        check_url("endpoint_url", self.endpoint_url)
         return self
 
     def upstream(self) -> tuple[str, ...]:
@@ -390,6 +396,11 @@ class StressParameters(GenerationParameters):
     shots: NonNegative = 0
     paraphraser_url: str = ""
     paraphraser_model: str = ""
+
+    @model_validator(mode="after")
+    def paraphraser_is_named_without_a_secret(self) -> "StressParameters":
+        check_url("paraphraser_url", self.paraphraser_url)
+        return self
 
     @field_validator("scorings")
     @classmethod
@@ -591,9 +602,12 @@ def stage_parameters(config: RunConfig, stage: str, variant: str, where: str = "
         )
     fields = STAGES[stage].model_fields
     run_wide = {name: getattr(config, name) for name in ("backbone", "chat_template", "data_root", "seed", "title")}
-    values = {"run_dir": config.run_dir, "variant": variant} | {k: v for k, v in run_wide.items() if k in fields}
-    values |= section.shared | (section.variants[variant] or {})
-    return validated(STAGES[stage], values, f"{where}: {stage}.variants.{variant}")
+    place, own = {"run_dir": config.run_dir, "variant": variant}, section.shared | (section.variants[variant] or {})
+    where = f"{where}: {stage}.variants.{variant}"
+    for key in place.keys() & own.keys():
+        raise ValueError(f"{where}: {key} is not set here: a stage lies where the run's and the variant's name say")
+    values = place | {k: v for k, v in run_wide.items() if k in fields} | own
+    return validated(STAGES[stage], values, where)
 
 
 def upstream(config: RunConfig, stage: str, variant: str) -> tuple[str, ...]:

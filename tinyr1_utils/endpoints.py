@@ -14,11 +14,11 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from tinyr1_utils.config import GenerationParameters, nearest
 from tinyr1_utils.engines import Engine, Keep, Request, check_gpus, room, vllm_environment, vllm_settings
 from tinyr1_utils.launch import search_path
+from tinyr1_utils.masking import masked
 from tinyr1_utils.records import Completion
 
 RETRIES = 8  # of a request that met 429, 5xx or a time-out; the client waits 0.5 s, then twice as long, up to 8 s
@@ -101,11 +101,6 @@ def _client(url: str, **options: Any):
     return openai.AsyncOpenAI(base_url=url, **(settings | options))
 
 
-def _shown(url: str) -> str:
-    """The URL without its query."""
-    return urlsplit(url)._replace(query="").geturl()
-
-
 def _refusal(url: str, error: Any) -> Exception:
     """What to raise in place of the client's error for a status: one sentence, without the key."""
     if error.status_code in (401, 403):
@@ -157,7 +152,7 @@ def endpoint_model(parameters: GenerationParameters) -> str:
 
     async def ask() -> str:
         async with _client(url) as client:
-            return await _model_named(client, _shown(url), parameters.endpoint_model)
+            return await _model_named(client, url, parameters.endpoint_model)
 
     return _Loop().finish(ask())
 
@@ -182,9 +177,9 @@ def endpoint_engine(parameters: GenerationParameters, go_on: Callable[[], bool] 
     the last bits. 429, 5xx and time-outs are tried again. Raises ConnectionError when nothing answers, ValueError
     for an unknown model or a refused request, PermissionError for a refused key.
     """
-    url, shown, loop = parameters.endpoint_url, _shown(parameters.endpoint_url), _Loop()
+    url, loop = parameters.endpoint_url, _Loop()
     client = _client(url)
-    name = loop.finish(_model_named(client, shown, parameters.endpoint_model))
+    name = loop.finish(_model_named(client, url, parameters.endpoint_model))
 
     async def draw(request: Request) -> Completion:
         question = client.chat.completions.create(
@@ -195,12 +190,13 @@ def endpoint_engine(parameters: GenerationParameters, go_on: Callable[[], bool] 
             top_p=parameters.top_p,
             seed=request.seed,
         )
-        answer = await _answer(shown, question)
+        answer = await _answer(url, question)
         if not getattr(answer, "choices", None):
-            raise ValueError(f"{shown} answered without a choice for {request.problem_id}")
+            raise ValueError(f"{url} answered without a choice for {request.problem_id}")
         choice, usage = answer.choices[0], answer.usage
         tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-        return Completion(*request.key, _with_reasoning(choice.message), str(choice.finish_reason), *tokens)
+        text = masked(_with_reasoning(choice.message))  # a server may repeat what it was sent, the key included
+        return Completion(*request.key, text, str(choice.finish_reason), *tokens)
 
     return _concurrent(loop, draw, parameters.concurrency, go_on)
 

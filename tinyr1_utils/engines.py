@@ -140,8 +140,8 @@ def transformers_engine(model: Path, parameters: GenerationParameters) -> Engine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(parameters.threads)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, parameters.dtype)).to(device).eval()
+    tokenizer, dtype = AutoTokenizer.from_pretrained(model, trust_remote_code=False), getattr(torch, parameters.dtype)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False).to(device).eval()
     sampling = {"do_sample": True, "temperature": parameters.temperature, "top_p": parameters.top_p, "top_k": 0}
     settings = {
         "pad_token_id": tokenizer.pad_token_id,

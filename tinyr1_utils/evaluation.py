@@ -13,13 +13,21 @@ import pandas as pd
 
 from tinyr1_utils import lm_eval_harness, sandbox
 from tinyr1_utils.answers import extract_code, grade_text
-from tinyr1_utils.artifacts import Stage, load_manifest, output_folder, sha256_folder
+from tinyr1_utils.artifacts import (
+    Stage,
+    all_digests,
+    borrow,
+    load_manifest,
+    output_folder,
+    resume_key,
+    sha256_folder,
+)
 from tinyr1_utils.backbones import check_model_folder, resolve_backbone
 from tinyr1_utils.chat_templates import load_tokenizer, template_facts, template_text
-from tinyr1_utils.config import BACKBONE, GenerationParameters, from_root
+from tinyr1_utils.config import BACKBONE, EvaluationParameters, GenerationParameters, from_root
 from tinyr1_utils.endpoints import endpoint_model
 from tinyr1_utils.engines import Engine, Request
-from tinyr1_utils.generation import sample, start_engine
+from tinyr1_utils.generation import Shard, draw_shard, rendered_requests, sample, start_engine, take_up
 from tinyr1_utils.likelihood import Query, labels_of, letter_query, likelihood_engine
 from tinyr1_utils.metrics import Estimate, clustered_mean, rate_interval, samples_needed
 from tinyr1_utils.prompts import shown
@@ -243,23 +251,50 @@ def _sampled_and_graded(
     return [scores[completion.problem_id, completion.sample_index] for completion in completions]
 
 
+def _settings(parameters: EvaluationParameters) -> dict[str, EvaluationParameters]:
+    """Every benchmark's own parameters: with its number of problems and samples."""
+    parts = parse_benchmarks(parameters.benchmarks, parameters.limit, parameters.n_samples)
+    return {
+        name: parameters.model_copy(update={"n_samples": part.n_samples, "limit": part.limit})
+        for name, part in parts.items()
+    }
+
+
+def sample_shard(parameters: EvaluationParameters, shard: Shard, on_line=print) -> None:
+    """Draw one of n jobs' share of the completions for `evaluate`, which takes up what all shards have drawn.
+
+    Grades nothing, and leaves the benchmarks of lm-evaluation-harness to the stage.
+    """
+    borrow(parameters)
+    benchmarks = load_benchmarks(parameters, parameters.benchmarks, on_line)
+    inputs = input_digests(parameters, parameters.benchmarks, benchmarks)
+    key = resume_key(parameters, all_digests(parameters, inputs))
+    folder, settings = served_folder(parameters), _settings(parameters)
+    engine = lazy_engine(folder, parameters, [problem for part in benchmarks.values() for problem in part.problems])
+    asked = {
+        f"completions-{name}.jsonl": rendered_requests(folder, part.problems, settings[name])
+        for name, part in benchmarks.items()
+    }
+    draw_shard(parameters, key, shard, asked, engine, on_line)
+
+
 def evaluate(stage: Stage, benchmarks: Mapping[str, Loaded], on_line=print) -> dict[str, dict]:
     """Sample and grade every benchmark of a stage; returns the metrics per benchmark for its manifest.
 
-    Writes completions-<benchmark>.jsonl (append-only, resumed) and scores-<benchmark>.jsonl. Grading is done anew in
-    every call: it is deterministic but for time limits.
+    Writes completions-<benchmark>.jsonl (append-only, resumed, begun with what shards have drawn) and
+    scores-<benchmark>.jsonl. Grading is done anew in every call: it is deterministic but for time limits.
     """
     parameters, metrics = stage.parameters, {}
     if parameters.isolation != "none" and any(part.problems[0].answer_kind == "code" for part in benchmarks.values()):
         sandbox.probe()
+    take_up(stage, on_line)
     folder = served_folder(parameters)
     engine = lazy_engine(folder, parameters, [problem for part in benchmarks.values() for problem in part.problems])
     draw = functools.partial(sample, folder, engine=engine)
-    parts = parse_benchmarks(parameters.benchmarks, parameters.limit, parameters.n_samples)
     # The harness first: it starts an engine of its own, which would find the GPU's memory taken by ours.
-    for name, part in sorted(parts.items(), key=lambda item: not source_named(item[0]).lm_eval[0]):
+    parts = sorted(_settings(parameters).items(), key=lambda item: not source_named(item[0]).lm_eval[0])
+    for name, settings in parts:
         path, source = stage.path(f"completions-{name}.jsonl"), source_named(name)
-        settings = parameters.model_copy(update={"n_samples": part.n_samples, "limit": part.limit})
         if source.lm_eval[0]:
             completions, scores = lm_eval_harness.run_task(name, source, folder, settings, on_line)
             write_records(path, completions)

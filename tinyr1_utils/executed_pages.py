@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyr1_utils.artifacts import EXECUTED, PROVENANCE, read_json
+from tinyr1_utils.masking import masked
 from tinyr1_utils.records import atomic_path
 
 PAGE = "executed.html"
@@ -71,11 +72,23 @@ def page(notebook: Any, name: str, run: str) -> str:
     return exporter.from_notebook_node(notebook, resources={"page": shown})[0]
 
 
+def mask(executed: Path) -> None:
+    """Take the environment's secrets out of an executed copy, which holds what libraries said when they failed."""
+    text = executed.read_text(encoding="utf-8", errors="surrogateescape")
+    if (without := masked(text)) != text:
+        with atomic_path(executed) as temporary:
+            temporary.write_text(without, encoding="utf-8", errors="surrogateescape")
+
+
 def write_page(executed: Path) -> Path:
-    """Write the page of <run>/<stage>/<variant>/executed.ipynb beside it. Raises ValueError for what is no notebook."""
+    """Write the page of <run>/<stage>/<variant>/executed.ipynb beside it, the environment's secrets masked in both.
+
+    Raises ValueError for what is no notebook.
+    """
     import nbformat
 
     folder = executed.absolute().parent
+    mask(executed)
     try:
         notebook = nbformat.read(executed, as_version=4)
     except (ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:

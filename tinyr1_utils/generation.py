@@ -1,19 +1,22 @@
 """Owns completions: problems and a model in, append-only sampled completions out. Grades nothing.
 
 `sample` draws all samples of some problems, `draw_into` beneath it any requests into a file that may hold others, over
-the engines of `engines` (vLLM, transformers) and `endpoints` (servers).
+the engines of `engines` (vLLM, transformers) and `endpoints` (servers). `draw_shard` draws one job's share of a stage's
+requests beside other jobs, and `take_up` hands the stage what they have drawn.
 """
 
 import contextlib
 import csv
 import hashlib
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from tinyr1_utils.artifacts import Stage, resumes, take_lock
 from tinyr1_utils.chat_templates import load_tokenizer, template_text
-from tinyr1_utils.config import GenerationParameters
+from tinyr1_utils.config import GenerationParameters, from_root
 from tinyr1_utils.endpoints import endpoint_engine, server_engine
 from tinyr1_utils.engines import ENGINES, Engine, Request
 from tinyr1_utils.prompts import chat, shown
@@ -86,6 +89,18 @@ def requests(
             seed = sample_seed(parameters.seed, problem.id, index)
             drawn.append(Request(problem.id, index, messages, ids, seed, opening))
     return drawn
+
+
+def rendered_requests(
+    model: Path | None,
+    problems: Sequence[Problem],
+    parameters: GenerationParameters,
+    earlier: Callable[[Problem], Turns] = no_turns,
+) -> list[Request]:
+    """`requests` of all samples with the model's tokenizer; its folder is not read for an endpoint."""
+    template = template_text(parameters.template_override, parameters.backbone)
+    tokenizer = None if parameters.backend == "endpoint" else load_tokenizer(model, template)
+    return requests(problems, tokenizer, parameters, earlier=earlier)
 
 
 def start_engine(model: Path | None, parameters: GenerationParameters) -> Engine:
@@ -201,9 +216,7 @@ def sample(
     Rows count by their key: more samples or problems leave those that are there as they are; rows of other keys leave
     the file. `model` is not read for an endpoint. Everything else is as `draw_into` says.
     """
-    template = template_text(parameters.template_override, parameters.backbone)
-    tokenizer = None if parameters.backend == "endpoint" else load_tokenizer(model, template)
-    wanted, file = requests(problems, tokenizer, parameters, earlier=earlier), CompletionsFile(path)
+    wanted, file = rendered_requests(model, problems, parameters, earlier), CompletionsFile(path)
     completions = draw_into(file, wanted, parameters, engine, on_progress, on_chunk)
     file.settle(wanted)
     return completions
@@ -249,3 +262,75 @@ def draw_into(
         file.close_chunk(number, completions, time.monotonic() - started)
         on_chunk(completions)
     return [file.rows[request.key] for request in wanted if request.key in file.rows]
+
+
+Shard = tuple[int, int]  # k and n: the k-th of n jobs
+
+
+def share(wanted: Sequence[Request], chunk_size: int, shard: Shard, chunks_before: int = 0) -> list[Request]:
+    """Every n-th chunk of the requests from the k-th on, `chunks_before` being counted too.
+
+    Whole chunks, so that an engine batches the same requests together whoever draws them.
+    """
+    k, n = shard
+    return [one for place, one in enumerate(wanted) if (chunks_before + place // chunk_size) % n == k - 1]
+
+
+def parts_folder(parameters: GenerationParameters, key: str) -> Path:
+    """Where the shards of a stage with this key (`artifacts.resume_key`) meet, each in a folder of its own."""
+    return from_root(parameters.run_dir) / f"{parameters.stage}-parts" / f"{parameters.variant}-{key[:12]}"
+
+
+def draw_shard(
+    parameters: GenerationParameters,
+    key: str,
+    shard: Shard,
+    asked: Mapping[str, Sequence[Request]],
+    engine: Callable[[], Engine],
+    on_progress: Callable[[str], None] = print,
+) -> None:
+    """Draw a shard's share of a stage's requests, `asked` by file name, for `take_up`.
+
+    What the shard itself, any other or the stage with this key holds already is not drawn again, so that n may change.
+    Raises RuntimeError where another process draws this shard; everything else is as `draw_into` says.
+    """
+    parts, (k, n), chunks = parts_folder(parameters, key), shard, 0
+    stage_folder = from_root(parameters.run_dir) / parameters.stage / parameters.variant
+    folder = parts / f"{k}-of-{n}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(folder)
+    try:
+        for name, wanted in asked.items():
+            file = CompletionsFile(folder / name)
+            held = [stage_folder / name] if resumes(stage_folder, key) else []
+            for path in (path for path in (*held, *parts.glob(f"*/{name}")) if path.is_file()):
+                # Only read: the process that appends to it may be at work.
+                rows, _ = read_records(path, Completion)
+                file.rows = {(row.problem_id, row.sample_index): row for row in rows} | file.rows
+            draw_into(file, share(wanted, parameters.chunk_size, shard, chunks), parameters, engine, on_progress)
+            chunks += -(-len(wanted) // parameters.chunk_size)
+    finally:
+        lock.release()
+    if k > chunks:
+        on_progress(f"shard {k}/{n} has none of the {chunks} chunks: lower chunk_size, or take fewer shards")
+
+
+def take_up(stage: Stage, on_progress: Callable[[str], None] = print) -> None:
+    """Move what shards have drawn for this stage into its own files of the same names, and remove their folders.
+
+    Raises RuntimeError while a shard is still drawing.
+    """
+    parts = parts_folder(stage.parameters, stage.key)
+    shards = sorted(parts.glob("*-of-*"))
+    with contextlib.ExitStack() as locks:
+        for shard in shards:
+            locks.callback(take_lock(shard).release)
+        for name in sorted({path.name for shard in shards for path in shard.glob("*.jsonl")}):
+            rows: dict[tuple[str, int], Completion] = {}
+            for folder in (stage.folder, *shards):
+                rows = CompletionsFile(folder / name).rows | rows
+            write_records(stage.path(name), rows.values())
+            on_progress(f"{name}: {len(rows)} completions with those of {len(shards)} shards")
+    shutil.rmtree(parts, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other stages' shards, or none at all
+        parts.parent.rmdir()

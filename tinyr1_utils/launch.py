@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tinyr1_utils.config import SftParameters, from_root
+from tinyr1_utils.masking import SECRET
 
 _PR_SET_PDEATHSIG = 1
 # With a terminal (-tt) sshd hangs up on the workers of a host when ssh ends; without one they would go on alone.
@@ -28,7 +29,6 @@ _FORWARDED = re.compile(
     r"(PATH|LD_LIBRARY_PATH|TMPDIR|VIRTUAL_ENV|XDG_CACHE_HOME)$|PYTHON|CUDA_(?!VISIBLE)"
     r"|(ACCELERATE|DS|GLOO|HF|MKL|NCCL|OMP|TOKENIZERS|TORCH\w*|TQDM|TRANSFORMERS|TRITON|UCX|WANDB)_"
 )
-_SECRET = re.compile(r"(^|_)(KEY|PASSWORD|SECRET|TOKEN)(_|$)")
 ERROR = "ERROR  "  # a job's last words: what went wrong, in one sentence
 _CRASHES = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
 # What torchrun and DeepSpeed's launcher say of a worker that a signal ended.
@@ -86,16 +86,29 @@ def _torchrun(parameters: SftParameters, port: int) -> list[str]:
 
 def _srun(parameters: SftParameters, port: int) -> list[str]:
     """One torchrun on each node of the Slurm job that this process runs in."""
-    if not os.environ.get("SLURM_JOB_ID"):
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
         raise ValueError("launcher 'srun' starts workers in a Slurm job, and this is none: submit it with sbatch")
-    nodes = parameters.num_nodes
-    listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    # Slurm is asked, since Snakemake's jobs keep none of the variables that would tell.
+    shown = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=True)
+    facts = dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
+    listed = ["scontrol", "show", "hostnames", facts["NodeList"]]
     hosts = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()
+    nodes = parameters.num_nodes
     if len(hosts) < nodes:
         raise ValueError(f"the Slurm job has {len(hosts)} nodes, num_nodes is {nodes}: ask for more with --nodes")
-    tasks = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    # --overlap: this process may run in a step itself, whose resources its workers share.
+    tasks = [
+        "srun",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--overlap",
+        "--kill-on-bad-exit=1",
+    ]
+    tasks += [f"--cpus-per-task={facts['CPUs/Task']}"]
     options = [f"--nnodes={nodes}", f"--nproc-per-node={parameters.num_processes // nodes}", "--rdzv-backend=c10d"]
-    options += [f"--rdzv-endpoint={hosts[0]}:{port}", f"--rdzv-id={os.environ['SLURM_JOB_ID']}"]
+    options += [f"--rdzv-endpoint={hosts[0]}:{port}", f"--rdzv-id={job}"]
     return [*tasks, sys.executable, "-m", "torch.distributed.run", *options]
 
 
@@ -193,7 +206,7 @@ def _on_host(hosts: Mapping[str, int], number: int, address: str, port: str, pro
     world = json.dumps({host: list(range(slots)) for host, slots in hosts.items()})
     options = [f"--world_info={urlsafe_b64encode(world.encode()).decode()}", f"--node_rank={number}"]
     options += [f"--master_addr={address}", f"--master_port={port}", "--no_local_rank", "--module"]
-    variables = [f"{k}={v}" for k, v in os.environ.items() if _FORWARDED.match(k) and not _SECRET.search(k)]
+    variables = [f"{k}={v}" for k, v in os.environ.items() if _FORWARDED.match(k) and not SECRET.search(k)]
     line = [*variables, sys.executable, "-u", "-m", "deepspeed.launcher.launch", *options, *program]
     return f"cd {shlex.quote(os.getcwd())} && exec env {shlex.join(line)}"
 

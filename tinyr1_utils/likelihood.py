@@ -204,11 +204,12 @@ def likelihood_engine(model: Path, parameters: GenerationParameters, query_of: C
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    check_full_attention(AutoConfig.from_pretrained(model))
+    check_full_attention(AutoConfig.from_pretrained(model, trust_remote_code=False))
     torch.set_num_threads(parameters.threads)
-    tokenizer, dtype = AutoTokenizer.from_pretrained(model), getattr(torch, parameters.dtype)
-    place = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa", **place).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    settings = {"dtype": getattr(torch, parameters.dtype), "attn_implementation": "sdpa"}
+    settings |= {"device_map": "auto"} if torch.cuda.is_available() else {}
+    network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, **settings).eval()
 
     def complete(chunk: Sequence[Request], keep: Keep = lambda done: None) -> list[Completion]:
         queries = [query_of(request) for request in chunk]

@@ -54,6 +54,8 @@ def _engine_options(model: Path, parameters: GenerationParameters) -> list[str]:
 
     if parameters.backend == "endpoint":
         raise ValueError("lm-evaluation-harness is run on model folders: choose backend vllm or transformers")
+    if "," in str(model):  # what stands behind one would be options of the harness's own, trust_remote_code among them
+        raise ValueError(f"lm-evaluation-harness reads no model from a folder with a comma in its name: {model}")
     settings = {"pretrained": model, "dtype": parameters.dtype}
     if parameters.backend == "transformers" or not torch.cuda.is_available():
         return ["--model", "hf", "--model_args", _joined(settings)]

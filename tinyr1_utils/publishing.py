@@ -15,6 +15,7 @@ import nbformat
 from tinyr1_utils.artifacts import EXECUTED, MANIFEST, completed
 from tinyr1_utils.config import RunConfig, names, project_root
 from tinyr1_utils.executed_pages import is_current
+from tinyr1_utils.masking import masked
 
 LARGEST_NOTEBOOK_BYTES = 1_000_000
 # Stages whose notebooks show no text of a dataset, whatever it is.
@@ -69,7 +70,7 @@ def _all_generated(manifests: dict[str, dict]) -> bool:
 
 
 def _publish_notebook(source: Path, target: Path) -> None:
-    """An executed notebook without papermill's metadata, library warnings and this machine's paths."""
+    """An executed notebook without papermill's metadata, library warnings, secrets and this machine's paths."""
     notebook = nbformat.read(source, as_version=4)
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
@@ -79,7 +80,7 @@ def _publish_notebook(source: Path, target: Path) -> None:
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
             for data in (o.data for o in cell.outputs if "image/png" in o.get("data", {})):
                 data["image/png"] = _fewer_colours(data["image/png"])
-    text = nbformat.writes(notebook)
+    text = masked(nbformat.writes(notebook))
     for path in (str(project_root()), str(Path.home())):
         text = text.replace(json.dumps(path)[1:-1], ".")
     if len(text.encode()) > LARGEST_NOTEBOOK_BYTES:

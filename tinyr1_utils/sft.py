@@ -220,7 +220,7 @@ def run_job(
     if parameters.sequence_parallel_size > 1:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(resolve_backbone(parameters.backbone))
+        config = AutoConfig.from_pretrained(resolve_backbone(parameters.backbone), trust_remote_code=False)
         check_splittable(config, parameters.sequence_parallel_size)
     arguments = ["--config", str(write_job(parameters, prepared, folder, peak_tokens_per_s))]
     environment = {"OMP_NUM_THREADS": str(parameters.threads), "TQDM_DISABLE": "1"}

@@ -103,7 +103,9 @@ def load_backbone(parameters: SftParameters, folder: Path):
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if parameters.zero_stage and parameters.precision == "bfloat16" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=parameters.attention)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=parameters.attention, trust_remote_code=False
+    )
 
 
 def lora_config(parameters: SftParameters):

@@ -3,12 +3,14 @@
 python -m tinyr1_utils.stage_runner all --config configs/micro.yaml      # what `make run` calls
 python -m tinyr1_utils.stage_runner stage --config configs/micro.yaml --stage sft --variant math
 python -m tinyr1_utils.stage_runner scan --config configs/tinyr1-32b.yaml --variant math --shard 3/8
+python -m tinyr1_utils.stage_runner sample --config configs/tinyr1-32b.yaml --variant backbone --shard 3/8
 python -m tinyr1_utils.stage_runner figures                              # redraw figures/ from published results
 """
 
 import argparse
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from pathlib import Path
 import filelock
 
 from tinyr1_utils import executed_pages, launch
-from tinyr1_utils.artifacts import EXECUTED, MANIFEST, own
+from tinyr1_utils.artifacts import EXECUTED, MANIFEST, damages, own, sha256_json
 from tinyr1_utils.config import (
     STAGES,
     GenerationParameters,
@@ -33,6 +35,7 @@ from tinyr1_utils.config import (
     stage_parameters,
 )
 from tinyr1_utils.executed_pages import PAGE
+from tinyr1_utils.masking import masked
 
 RUNNER_PID = "TINYR1_RUNNER_PID"
 
@@ -46,7 +49,7 @@ class PrefixedLines(io.TextIOBase):
     def write(self, text: str) -> int:
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
-            print(f"{self.prefix}  {line.split(chr(13))[-1]}", flush=True)
+            print(f"{self.prefix}  {masked(line.split(chr(13))[-1])}", flush=True)
         return len(text)
 
 
@@ -91,6 +94,36 @@ def end_with_the_run() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def executed_copy(parameters: StageParameters) -> Path:
+    """Where the executed copy of a stage's notebook lies."""
+    return project_root() / parameters.run_dir / parameters.stage / parameters.variant / EXECUTED
+
+
+def refuse_repetition(parameters: StageParameters) -> None:
+    """SystemExit(1) where the attempt before this one ended in an error of the notebook, which would come again.
+
+    A job that was cancelled, killed or lost its node leaves no such mark: it goes on where it was.
+    """
+    import nbformat
+
+    try:
+        metadata = nbformat.read(executed_copy(parameters), as_version=4).metadata
+    except (OSError, ValueError):  # none, or killed while it was written
+        return
+    if metadata.get("papermill", {}).get("exception"):
+        fail(f"{parameters.stage}/{parameters.variant} failed before in this run and is not tried again: see {PAGE}")
+
+
+def make_room(label: str, executed: Path) -> None:
+    """Make the folder of a stage and take an earlier executed copy away. SystemExit(1) where it can not be written."""
+    try:
+        own(executed.parent)
+        executed.parent.mkdir(parents=True, exist_ok=True)
+        executed.unlink(missing_ok=True)
+    except OSError as error:
+        fail(f"{label}: can not write to {executed.parent}: {error.strerror}")
+
+
 def execute(parameters: StageParameters) -> Path:
     """Run one stage's notebook headless with these parameters; the executed copy and its page lie in its folder.
 
@@ -98,6 +131,7 @@ def execute(parameters: StageParameters) -> Path:
     """
     import nbformat
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     root, label = project_root(), f"{parameters.stage}/{parameters.variant}"
@@ -105,13 +139,9 @@ def execute(parameters: StageParameters) -> Path:
     notebook = nbformat.read(source, as_version=4)
     given = parameters.model_dump()
     check_parameters(source, given, notebook_parameters(notebook))
-    executed = root / parameters.run_dir / label / EXECUTED
+    executed = executed_copy(parameters)
     named = executed.relative_to(root) if executed.is_relative_to(root) else executed
-    try:
-        own(executed.parent)
-        executed.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{label}: can not write to {executed.parent}: {error.strerror}")
+    make_room(label, executed)
     code_cells = sum(cell.cell_type == "code" for cell in notebook.cells) + 1  # and the injected parameters
     seen: list[int] = []
 
@@ -139,6 +169,13 @@ def execute(parameters: StageParameters) -> Path:
             f"{label} failed in notebook {source.name}, code cell {len(seen)} of {code_cells}:\n"
             f"  {error.ename}: {error.evalue}\n  executed copy: {named}, as a page: {PAGE}"
         )
+    except DeadKernelError:
+        fail(
+            f"{label}: the kernel of notebook {source.name} died in code cell {len(seen)} of {code_cells}, killed from "
+            "outside or for want of memory: run the stage again, it goes on where it was"
+        )
+    except OSError as error:
+        fail(f"{label}: can not write {named}: {error.strerror or error}")
     finally:
         write_page(label, executed)
     if not (executed.parent / MANIFEST).is_file():
@@ -157,8 +194,41 @@ def write_page(label: str, executed: Path) -> None:
 
 def fail(message: str) -> None:
     """Print one clear message and end with exit code 1."""
-    print(f"\nERROR  {message}\n", file=sys.stderr, flush=True)
+    print(f"\nERROR  {masked(message)}\n", file=sys.stderr, flush=True)
     raise SystemExit(1)
+
+
+def here(cores: int) -> list[str]:
+    """Snakemake's options for a run on this machine: its cores, and its GPUs, each for one stage at a time."""
+    listed = (
+        subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
+    )
+    gpus = listed.stdout.count("\n") if listed and not listed.returncode else 0
+    return ["--cores", str(cores), *(["--resources", f"gpus_here={gpus}"] if gpus else [])]
+
+
+def job_prefix(config: RunConfig) -> str:
+    """What the names of a run's jobs on a cluster begin with; another checkout's run of this name has another."""
+    digest = sha256_json(str(project_root() / config.run_dir))[:8]
+    return f"tinyr1-{config.name.replace('.', '-')[:30]}-{digest}"
+
+
+def wait_for_jobs(prefix: str) -> None:
+    """Wait until Slurm holds no job of an earlier call, which may have died: two jobs of one stage are one too many."""
+    if not shutil.which("squeue"):
+        return
+    told = False
+    while True:
+        listed = subprocess.run(["squeue", "--me", "--noheader", "--format=%i %j"], capture_output=True, text=True)
+        jobs = [line.split()[0] for line in listed.stdout.splitlines() if line.split()[1].startswith(f"{prefix}_")]
+        if not jobs:
+            return
+        if not told:
+            print(
+                f"waiting for this run's jobs of an earlier call: {', '.join(jobs)} (`scancel` ends them)", flush=True
+            )
+        told = True
+        time.sleep(5)
 
 
 def snakemake_command(arguments: argparse.Namespace, config: RunConfig) -> list[str]:
@@ -167,7 +237,10 @@ def snakemake_command(arguments: argparse.Namespace, config: RunConfig) -> list[
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(project_root() / "Snakefile")]
     command += ["--directory", str(project_root()), "--nolock", "--rerun-incomplete", "--keep-going"]
     command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "host", "reason"]
-    command += ["--profile", arguments.profile] if arguments.profile else ["--cores", str(arguments.cores)]
+    if arguments.profile:
+        command += ["--profile", arguments.profile, "--slurm-jobname-prefix", job_prefix(config)]
+    else:
+        command += here(arguments.cores)
     command += ["--dry-run"] if arguments.dry_run else []
     return [*command, "--config", *settings]
 
@@ -257,7 +330,11 @@ def run_all(arguments: argparse.Namespace) -> None:
         if isinstance(error, filelock.Timeout):
             fail(f"another `make run` is using {config.run_dir}; wait for it or stop it")
         fail(f"can not write to the run folder {config.run_dir}: {error.strerror}")
-    environment = os.environ | {RUNNER_PID: str(os.getpid())}
+    environment = dict(os.environ)
+    if arguments.profile:
+        wait_for_jobs(job_prefix(config))
+    else:  # jobs on other machines do not see this process
+        environment[RUNNER_PID] = str(os.getpid())
     process = subprocess.Popen(
         snakemake_command(arguments, config), start_new_session=True, env=environment, preexec_fn=launch.die_with_parent
     )
@@ -271,6 +348,23 @@ def run_all(arguments: argparse.Namespace) -> None:
         fail(f"run {config.name} did not finish; what is done is kept, and the same command goes on from there")
     if not arguments.dry_run:
         print_where(config, run_dir)
+
+
+def verify_run(arguments: argparse.Namespace) -> None:
+    """Name the stages whose artifacts are damaged (exit code 1); with --rebuild run them again from nothing."""
+    config = load_config(arguments.config, data_root=arguments.data_root)
+    run_dir = project_root() / config.run_dir
+    damaged = damages(run_dir)
+    for name, why in damaged.items():
+        print(f"{name}: {why}")
+    if not damaged:
+        print(f"every artifact in {config.run_dir} is as its manifest says")
+    elif arguments.rebuild:
+        for name in damaged:
+            shutil.rmtree(run_dir / name)
+        run_all(arguments)
+    else:
+        fail(f"{len(damaged)} stages are damaged: `make verify CONFIG={arguments.config} REBUILD=1` runs them again")
 
 
 def print_where(config: RunConfig, run_dir: Path) -> None:
@@ -334,7 +428,18 @@ def run_stage(arguments: argparse.Namespace) -> None:
     end_with_the_run()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings bypass Python and the executed copy
     config = load_config(arguments.config, data_root=arguments.data_root)
-    execute(stage_parameters(config, arguments.stage, arguments.variant, arguments.config))
+    parameters = stage_parameters(config, arguments.stage, arguments.variant, arguments.config)
+    if arguments.attempt > 1:
+        refuse_repetition(parameters)
+    execute(parameters)
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """k and n of `k/n`. ValueError where it is none."""
+    k, mark, n = text.partition("/")
+    if not mark or not k.isdecimal() or not n.isdecimal() or not 1 <= int(k) <= int(n):
+        raise ValueError(f"--shard {text!r} must be k/n with 1 <= k <= n, as 3/8")
+    return int(k), int(n)
 
 
 def scan_shard(arguments: argparse.Namespace) -> None:
@@ -346,11 +451,19 @@ def scan_shard(arguments: argparse.Namespace) -> None:
     curation_scan.check(parameters)
     if parameters.teacher != "none":
         raise ValueError("a curation with a teacher is not scanned in shards: the notebook has its traces first")
-    shard, mark, n_shards = arguments.shard.partition("/")
-    if not mark or not shard.isdigit() or not n_shards.isdigit() or not 1 <= int(shard) <= int(n_shards):
-        raise ValueError(f"--shard {arguments.shard!r} must be k/n with 1 <= k <= n, as 3/8")
+    shard = read_shard(arguments.shard)
     folder = curation_scan.parts_folder(parameters, curation_scan.input_digests(parameters))
-    curation_scan.scan(parameters, folder, shard=(int(shard), int(n_shards)))
+    curation_scan.scan(parameters, folder, shard=shard)
+
+
+def sample_shard(arguments: argparse.Namespace) -> None:
+    """One shard of an evaluation's completions, as a job of a cluster; notebook 04 goes on from those of all shards."""
+    from tinyr1_utils import evaluation
+
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    shard = read_shard(arguments.shard)
+    config = load_config(arguments.config, data_root=arguments.data_root)
+    evaluation.sample_shard(stage_parameters(config, "evaluation", arguments.variant, arguments.config), shard)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -358,23 +471,34 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tinyr1_utils.stage_runner", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
     everything = commands.add_parser("all", help="every stage of a config, through Snakemake")
-    everything.add_argument("--cores", type=int, default=os.cpu_count(), help="jobs' cores in all (default: all)")
-    everything.add_argument("--profile", default="", help="a Snakemake profile: a folder with a config.yaml")
+    checked = commands.add_parser("verify", help="hold every artifact of a run against its manifest")
+    checked.add_argument("--rebuild", action="store_true", help="run damaged stages again, from nothing")
+    checked.set_defaults(action=verify_run, dry_run=False)
+    for command in (everything, checked):
+        command.add_argument("--cores", type=int, default=os.cpu_count(), help="jobs' cores in all (default: all)")
+        command.add_argument("--profile", default="", help="a Snakemake profile: a folder with a config.yaml")
     everything.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     everything.set_defaults(action=run_all)
     stage = commands.add_parser("stage", help="one stage variant, through papermill")
     stage.add_argument("--stage", required=True)
     stage.add_argument("--variant", required=True)
+    stage.add_argument(
+        "--attempt", type=int, default=1, help="of one run at this stage; from the second on, see docs/cluster.md"
+    )
     stage.set_defaults(action=run_stage)
     scan = commands.add_parser("scan", help="one shard of a curation's scan, as a job of a cluster")
     scan.add_argument("--variant", required=True)
     scan.add_argument("--shard", default="1/1", help="k/n: every n-th part of the rows from the k-th on")
     scan.set_defaults(action=scan_shard)
+    sampled = commands.add_parser("sample", help="one shard of an evaluation's completions, as a job of a cluster")
+    sampled.add_argument("--variant", required=True)
+    sampled.add_argument("--shard", default="1/1", help="k/n: every n-th chunk of the completions from the k-th on")
+    sampled.set_defaults(action=sample_shard)
     published = commands.add_parser("publish", help="copy a finished run's small results to papermill_runs/published")
     published.set_defaults(action=publish_run)
     shown = commands.add_parser("status", help="what of a config is done, stale, running or missing")
     shown.set_defaults(action=print_status)
-    for command in (everything, stage, scan, published, shown):
+    for command in (everything, checked, stage, scan, sampled, published, shown):
         command.add_argument("--config", required=True, help="a YAML file of configs/")
         command.add_argument("--data-root", default="", help="folder with local data files (default: the hub)")
     compared = commands.add_parser("compare", help="two runs: parameters that differ, scores paired by problem")

@@ -28,7 +28,7 @@ def cost_frame(run_dir: Path) -> pd.DataFrame:
         file = run_dir / name / PROVENANCE
         facts = read_json(file) if file.is_file() else {}
         facts["devices"] = "; ".join(facts.get("devices", []))
-        rows.append({"stage": stage, "variant": variant} | facts)
+        rows.append(facts | {"stage": stage, "variant": variant})  # a file from elsewhere does not say where it lies
     return pd.DataFrame(rows, columns=COST)
 
 

@@ -1,81 +1,171 @@
-"""Training in a job of a real Slurm: one node on this machine, its daemons in a folder of the test, gone with it."""
+"""The pipeline and its training as jobs of a real Slurm, through losses of a job and of the node."""
 
-import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import nbformat
+import pandas as pd
 import pytest
+import slurm_daemons
 import test_sft
+import two_hosts
+import yaml
+from conftest import REPOSITORY, write_config
 
 from tinyr1_utils import launch
 
-PROGRAMS = "munged slurmctld slurmd srun sbatch scontrol".split()
-ABSENT = [name for name in PROGRAMS if not shutil.which(name)]
-REASON = f"a Slurm needs {', '.join(ABSENT)} (Debian: slurm-wlm munge)" if ABSENT else ""
-if os.geteuid() != 0:
-    REASON = "Slurm's daemons need root"
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON)]
+REASON, NO_HOSTS = slurm_daemons.missing(), two_hosts.missing()
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.skipif(bool(REASON), reason=REASON)]
 
-SETTINGS = """
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
-SlurmUser=root
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-SwitchType=switch/none
-MpiDefault=none
-ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 State=UNKNOWN
-PartitionName=all Nodes={host} Default=YES State=UP
-"""
+# Micro with two branches, small; the training long enough to be hit.
+NONE = {"variants": {}}
+SECTIONS = {
+    "curation": {
+        "shared": {"limit": 100},
+        "variants": {d: {"domain": d, "sources": f"micro-{d}-train"} for d in ("math", "science")},
+    },
+    "sft": {
+        "shared": {"max_steps": 16, "save_steps": 4, "held_out_rows": 8, "watched_domains": ""},
+        "variants": {"math": {"domains": "math"}, "science": {"domains": "science"}},
+    },
+    "merge": {"shared": {"merge_order": "math,science"}, "variants": {"linear": {"recipe": "linear"}}},
+    "evaluation": {
+        "shared": {"limit": 6, "n_samples": 2, "chunk_size": 6, "max_new_tokens": 48, "benchmarks": "micro-math"},
+        "variants": {"linear": {"model": "merge/linear"}},
+    },
+    "stress": NONE,
+}
+
+
+PROFILE = ("--profile", "configs/slurm")
+
+
+def only_math(section: str, **shared) -> dict:
+    """A section of SECTIONS with math as its one variant, and some of its shared values changed."""
+    section = SECTIONS[section]
+    return {"shared": section["shared"] | shared, "variants": {"math": section["variants"]["math"]}}
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    """The settings file of a running Slurm of one node. Its daemons end with this process."""
-    folder = tmp_path_factory.mktemp("slurm")
-    for name in ("state", "spool"):
-        (folder / name).mkdir()
-    key, settings = folder / "munge.key", folder / "slurm.conf"
-    key.write_bytes(os.urandom(128))
-    key.chmod(0o400)
-    ports = [launch.free_port(), launch.free_port()]
-    settings.write_text(SETTINGS.format(host=socket.gethostname(), folder=folder, ports=ports))
-    files = [f"--{name}={folder}/munge.{end}" for name, end in (("socket", "sock"), ("pid-file", "pid"))]
-    files += [f"--key-file={key}", f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed"]
-    daemons = [["munged", "--foreground", "--force", *files], ["slurmctld", "-D"], ["slurmd", "-D"]]
-    environment = os.environ | {"SLURM_CONF": str(settings)}
-    running = []
-    try:
-        for command in daemons:
-            log = open(folder / f"{command[0]}.log", "wb")  # noqa: SIM115 - the daemon's own
-            running.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=launch.die_with_parent)
-            )
-            time.sleep(1)
-        deadline = time.monotonic() + 60
-        while "idle" not in subprocess.run(["sinfo"], env=environment, capture_output=True, text=True).stdout:
-            assert time.monotonic() < deadline, (folder / "slurmctld.log").read_text()
-            time.sleep(0.5)
-        yield environment
-    finally:
-        for daemon in reversed(running):
-            daemon.kill()
-            daemon.wait()
+def node(tmp_path_factory):
+    """The name of the one node of a running Slurm, and what stands before a command that is to run there."""
+    folder = tmp_path_factory.mktemp("slurm") / "one"
+    with slurm_daemons.this_machine() as machine, slurm_daemons.slurm(folder, machine):
+        yield next(iter(machine.items()))
+
+
+def told(there: Sequence[str], *command: str) -> str:
+    """What a program of Slurm prints."""
+    return subprocess.run([*there, *command], capture_output=True, text=True, check=True).stdout
+
+
+def until(holds, within_s: float = 240.0):
+    """What `holds` returns once it is true; fails when it never is."""
+    deadline = time.monotonic() + within_s
+    while not (answer := holds()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+    return answer
+
+
+def start(there: Sequence[str], project: Path, config: Path, *options: str) -> tuple[subprocess.Popen, Path]:
+    """`make run` without its set-up, and its log."""
+    command = [*there, sys.executable, "-m", "tinyr1_utils.stage_runner", "all", "--config", str(config), *options]
+    log = project / f"{config.stem}.log"
+    with open(log, "ab") as stream:
+        process = subprocess.Popen(
+            command, cwd=project, stdout=stream, stderr=stream, preexec_fn=launch.die_with_parent
+        )
+    return process, log
+
+
+def finish(process: subprocess.Popen, log: Path, code: int = 0) -> str:
+    """Wait for a run to end with this code; its log."""
+    assert process.wait(900) == code, log.read_text()[-6000:]
+    return log.read_text()
+
+
+def manifests(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("*/*/manifest.json"))}
+
+
+def running(there: Sequence[str], comment: str) -> list[str]:
+    """Ids of the running jobs with this comment, which Snakemake makes of a rule and its variant."""
+    lines = told(there, "squeue", "--noheader", "--states=RUNNING", "--format=%i %k").splitlines()
+    return [line.split()[0] for line in lines if line.split()[1] == comment]
+
+
+def test_the_pipeline_leaves_the_local_manifests_though_jobs_and_nodes_are_lost(node, project):
+    """A training is cancelled half-way, the runner is killed and called again, the node goes down and comes back."""
+    name, there = node
+    local, remote = (write_config(project, name, **SECTIONS) for name in ("local", "remote"))
+    finish(*start([], project, local))
+    run, training = project / "papermill_runs/remote", "rule_sft_wildcards_math"
+
+    first, log = start(there, project, remote, *PROFILE)
+    until(lambda: list((run / "sft/math/checkpoints").glob("checkpoint-*")))
+    (cancelled,) = running(there, training)
+    told(there, "scancel", cancelled)
+    (again,) = until(lambda: running(there, training))
+    assert again != cancelled
+    first.kill()
+    first.wait()
+
+    second, log = start(there, project, remote, *PROFILE)
+    until(lambda: "waiting for this run's jobs of an earlier call" in log.read_text())
+    assert not (run / "evaluation/linear/manifest.json").is_file()
+    until(lambda: running(there, "rule_merge_wildcards_linear"))
+    told(there, "scontrol", "update", f"nodename={name}", "state=down", "reason=test")
+    told(there, "scontrol", "update", f"nodename={name}", "state=resume")
+
+    finish(second, log)
+    assert manifests(run) == manifests(project / "papermill_runs/local")
+    assert "cell 1 of" in (run / "sft/math/run.log").read_text()
+    assert (run / "sft/math/executed.ipynb").is_file()
+
+
+def test_what_a_notebook_fails_at_is_not_tried_again(node, project):
+    """An error in the notebook: one sentence, and the second attempt ends at once."""
+    path = project / "notebooks/01_data_curation.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(3, nbformat.v4.new_code_cell("raise ValueError('no such row')"))
+    nbformat.write(notebook, path)
+    sections = {"curation": only_math("curation"), "sft": NONE, "merge": NONE, "evaluation": NONE, "stress": NONE}
+    config = write_config(project, "fails", **sections)
+    assert "did not finish; what is done is kept" in finish(*start(node[1], project, config, *PROFILE), code=1)
+    jobs = told(node[1], "squeue", "--states=all", "--noheader", "--format=%k %T").splitlines()
+    assert jobs.count("rule_curation_wildcards_math FAILED") == 3
+    said = (project / "papermill_runs/fails/curation/math/run.log").read_text()
+    assert "curation/math failed before in this run and is not tried again" in said
+    assert "cell 1 of" not in said
+
+
+def losses(run: Path) -> pd.DataFrame:
+    return pd.read_csv(run / "sft/math/loss.csv")[["loss", "held_out_loss", "grad_norm"]]
+
+
+@pytest.mark.skipif(bool(NO_HOSTS), reason=NO_HOSTS)
+def test_a_training_over_two_nodes_has_the_losses_of_one(project, tmp_path):
+    """2 x 1 gloo ranks under ZeRO-3 in one job of two nodes, submitted by Snakemake on the first."""
+    shared = {"max_steps": 4, "zero_stage": 3, "per_device_batch_size": 1, "num_processes": 2}
+    sections = {"curation": only_math("curation"), "merge": NONE, "evaluation": NONE, "stress": NONE}
+    one = write_config(project, "one", sft=only_math("sft", **shared, launcher="torchrun"), **sections)
+    two = write_config(project, "two", sft=only_math("sft", **shared, launcher="srun", num_nodes=2), **sections)
+    values = yaml.safe_load(two.read_text())
+    two.write_text(yaml.safe_dump(values | {"resources": {"sft": {"nodes": 2, "memory_gib": 4}}}))
+    finish(*start([], project, one))
+    with two_hosts.two_hosts(tmp_path / "hosts") as hosts:
+        nodes = {f"node{number}": two_hosts.on_host(hosts, number) for number in (1, 2)}
+        with slurm_daemons.slurm(tmp_path / "slurm", nodes):
+            # To gloo each host's own name is a loopback address.
+            finish(*start([*nodes["node1"], "env", "GLOO_SOCKET_IFNAME=lan0"], project, two, *PROFILE))
+            jobs = told(nodes["node1"], "squeue", "--states=all", "--noheader", "--format=%N %k")
+    assert "node[1-2] rule_sft_wildcards_math" in jobs.splitlines()
+    runs = (losses(project / "papermill_runs" / name) for name in ("one", "two"))
+    pd.testing.assert_frame_equal(*runs, atol=1e-5)
 
 
 JOB = """#!/bin/bash
@@ -90,15 +180,14 @@ test_sft.run(pathlib.Path('{folder}/srun'), sets, told, print)
 """
 
 
-def test_a_job_of_slurm_trains_as_one_process_does(slurm, tmp_path):
+def test_a_job_of_slurm_trains_as_one_process_does(node, tmp_path):
     sets = {"math": test_sft.write_set(tmp_path / "math.jsonl", "math")}
     test_sft.run(tmp_path / "alone", sets, test_sft.parameters())
-    root = Path(__file__).resolve().parents[2]
     job = tmp_path / "job.sh"
-    job.write_text(JOB.format(root=root, python=sys.executable, folder=tmp_path))
+    job.write_text(JOB.format(root=REPOSITORY, python=sys.executable, folder=tmp_path))
     log = tmp_path / "job.log"
-    submitted = ["sbatch", "--wait", "--nodes=1", "--cpus-per-task=2", f"--output={log}", str(job)]
-    done = subprocess.run(submitted, env=slurm, capture_output=True, text=True, timeout=540)
+    submitted = [*node[1], "sbatch", "--wait", "--nodes=1", "--cpus-per-task=2", f"--output={log}", str(job)]
+    done = subprocess.run(submitted, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, log.read_text()[-3000:] if log.is_file() else done.stderr
     assert test_sft.curve(tmp_path / "srun") == pytest.approx(test_sft.curve(tmp_path / "alone"), abs=1e-5)
     assert test_sft.largest_difference(tmp_path / "srun", tmp_path / "alone") < 1e-4

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,48 +10,24 @@ from pathlib import Path
 
 import pytest
 import test_sft
+import two_hosts
 
 from tinyr1_utils import launch
 from tinyr1_utils.config import SftParameters
 
-SCRIPT = Path(__file__).with_name("two_hosts.sh")
-PROGRAMS = "setpriv unshare nsenter ip pgrep hostname ssh ssh-keygen sshd".split()
-# What two hosts need of the kernel, tried where it leaves nothing behind.
-PROBE = "mount -t tmpfs tmpfs /run && ip link add lan0 type veth peer name lan1"
-
-
-def missing() -> str:
-    """Why two hosts can not be had here; empty when they can."""
-    if os.geteuid() != 0:
-        return "two hosts need root, for namespaces"
-    absent = [name for name in PROGRAMS if not shutil.which(name)]
-    if absent:
-        return f"two hosts need {', '.join(absent)} (Debian: openssh-server iproute2 util-linux procps)"
-    unshare = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "sh", "-c", PROBE]
-    tried = subprocess.run(unshare, capture_output=True, text=True)
-    return f"two hosts need namespaces and a veth pair: {tried.stderr.strip()}" if tried.returncode else ""
-
-
-REASON = missing()
+REASON = two_hosts.missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
-    """The folder of two running hosts; they end with this process, whatever ends it."""
-    folder = tmp_path_factory.mktemp("cluster") / "hosts"
-    up = subprocess.Popen([SCRIPT, "up", folder], stdout=subprocess.PIPE, text=True, preexec_fn=launch.die_with_parent)
-    try:
-        assert up.stdout.readline() == "ready\n"
+    """The folder of two running hosts."""
+    with two_hosts.two_hosts(tmp_path_factory.mktemp("cluster") / "hosts") as folder:
         yield folder
-    finally:
-        up.kill()
-        up.wait()
-        up.stdout.close()
 
 
 def on_first_host(hosts: Path, command: list[str]) -> list[str]:
-    return [str(SCRIPT), "run", str(hosts), "1", *command]
+    return [*two_hosts.on_host(hosts, 1), *command]
 
 
 def processes(hosts: Path, number: int) -> dict[int, str]:
