@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from conftest import REPOSITORY, finish, run_stage, write_config
 from nbclient import NotebookClient
 
+from tinyr1_utils.config import load_config, stage_parameters
 from tinyr1_utils.sources import read
 
 CURATION = {"shared": {"limit": 160}}
@@ -193,6 +195,11 @@ def test_whole_pipeline_and_a_second_run_that_does_nothing(project):
     assert second.returncode == 0
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     check_status(project, config, len(before))
+    card = (project / "papermill_runs/small/merge/linear/merged/README.md").read_text()
+    words = shlex.split(next(line for line in card.splitlines() if "papermill notebooks/" in line))
+    given = dict(zip(words[4::3], words[5::3], strict=True))
+    asked = stage_parameters(load_config(config), "merge", "linear").model_dump(exclude={"upstream_run"})
+    assert given == {name: str(value) for name, value in asked.items()} | {"run_dir": "RUN"}
     merged = json.loads(before["merge/linear/manifest.json"])
     assert merged["inputs"].keys() == {"backbone", "sft/math", "sft/science"}
     assert json.loads(before["merge/exact/manifest.json"])["metrics"]["degenerate_tensors"] == 0

@@ -8,12 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_run
 import nbformat
 import pytest
 import yaml
 
 from tinyr1_utils.config import STAGES, load_config, stage_parameters
-from tinyr1_utils.stage_runner import PrefixedLines, check_parameters, main, notebook_parameters
+from tinyr1_utils.stage_runner import (
+    PrefixedLines,
+    check_parameters,
+    executed_copy,
+    here,
+    job_prefix,
+    main,
+    notebook_parameters,
+    refuse_repetition,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 MICRO = yaml.safe_load((ROOT / "configs" / "micro.yaml").read_text())
@@ -196,6 +206,69 @@ def test_a_second_run_of_one_config_is_refused(project, monkeypatch, capsys):
         main(["all", "--config", "configs/micro.yaml"])
     assert raised.value.code == 1
     assert "another `make run` is using papermill_runs/micro" in one_sentence(capsys.readouterr().err)
+
+
+DAMAGES = {
+    "sft/math/loss.csv": lambda content: content[:-2],
+    "evaluation/math/scores-micro-math.jsonl": lambda content: content.replace(b"1", b"7", 1),
+    "curation/math/manifest.json": lambda content: content[:-2],
+    "merge/linear/manifest.json": lambda content: content.replace(b'"sha256": "', b'"sha256": "0', 1),
+}
+
+
+@pytest.mark.parametrize("file", DAMAGES)
+def test_verify_names_the_stage_and_the_file_that_is_damaged(project, monkeypatch, capsys, file):
+    run = fake_run.build(project / "papermill_runs" / "micro")
+    monkeypatch.chdir(project)
+    main(["verify", "--config", "configs/micro.yaml"])
+    assert capsys.readouterr().out == "every artifact in papermill_runs/micro is as its manifest says\n"
+    (run / file).write_bytes(DAMAGES[file]((run / file).read_bytes()))
+    with pytest.raises(SystemExit):
+        main(["verify", "--config", "configs/micro.yaml"])
+    told = capsys.readouterr()
+    stage, _, name = file.rpartition("/")
+    assert told.out.startswith(f"{stage}: ") and f"{stage}/{name}" in told.out
+    assert "1 stage is damaged: `make verify CONFIG=configs/micro.yaml REBUILD=1`" in told.err
+
+
+def executed(project: Path, exception: bool | None) -> None:
+    """An executed copy of sft/math, as papermill leaves it after an error, an end or a kill."""
+    notebook = nbformat.v4.new_notebook(metadata={"papermill": {"exception": exception}})
+    folder = project / "papermill_runs/micro/sft/math"
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, folder / "executed.ipynb")
+
+
+def test_only_what_a_notebook_failed_at_is_not_repeated(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    parameters = stage_parameters(load_config("configs/micro.yaml"), "sft", "math")
+    refuse_repetition(parameters)  # nothing there
+    executed(project, None)
+    refuse_repetition(parameters)  # killed
+    copy = executed_copy(parameters)
+    copy.write_text(copy.read_text()[:40])
+    refuse_repetition(parameters)  # killed while it was written
+    executed(project, True)
+    with pytest.raises(SystemExit):
+        refuse_repetition(parameters)
+    assert "sft/math failed before in this run and is not tried again" in one_sentence(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("listed", "options"), [("GPU 0: a\nGPU 1: b\n", ["--resources", "gpus_here=2"]), ("", [])])
+def test_stages_share_the_gpus_that_are_here(tmp_path, monkeypatch, listed, options):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert here(3) == ["--cores", "3", *options]
+
+
+def test_jobs_of_two_runs_are_never_taken_for_each_others(project, monkeypatch):
+    config = load_config("configs/micro.yaml")
+    first = job_prefix(config)
+    monkeypatch.chdir(project)
+    assert len({first, job_prefix(config), job_prefix(load_config(ROOT / "configs/micro-ablation.yaml"))}) == 3
+    assert re.fullmatch(r"[A-Za-z0-9-]{1,50}", first)  # what Snakemake takes
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -364,7 +364,8 @@ def verify_run(arguments: argparse.Namespace) -> None:
             shutil.rmtree(run_dir / name)
         run_all(arguments)
     else:
-        fail(f"{len(damaged)} stages are damaged: `make verify CONFIG={arguments.config} REBUILD=1` runs them again")
+        how_many = "1 stage is" if len(damaged) == 1 else f"{len(damaged)} stages are"
+        fail(f"{how_many} damaged: `make verify CONFIG={arguments.config} REBUILD=1` runs them again")
 
 
 def print_where(config: RunConfig, run_dir: Path) -> None:
