@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tinyr1_utils.artifacts import (
     PROVENANCE,
     borrow,
     completed,
+    damages,
     finish_stage,
     load_manifest,
     open_stage,
@@ -239,6 +241,18 @@ def test_an_unlisted_output_and_a_damaged_manifest_are_named(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"manifest\.json .*delete it and run its stage again"):
             load_manifest(tmp_path, "curation/math")
+
+
+def test_a_manifest_that_its_stage_did_not_write_is_named(tmp_path):
+    path = run_stage(tmp_path)
+    assert damages(tmp_path) == {}
+    path.write_text(path.read_text().replace('"kept": 2', '"kept": 3'))
+    sentence = "manifest.json is not what its stage wrote (SHA-256); delete its folder and run that stage again"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        load_manifest(tmp_path, "curation/math")
+    assert sentence in damages(tmp_path)["curation/math"]
+    (path.parent / PROVENANCE).unlink()  # published without it
+    assert load_manifest(tmp_path, "curation/math")["metrics"] == {"kept": 3}
 
 
 HOLDER = """

@@ -79,10 +79,14 @@ def sha256_folder(folder: Path) -> str:
     return sha256_json({str(p.relative_to(folder)): sha256_file(p) for p in files})
 
 
+def _written(value: Any) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all, with a stable layout."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(_written(value), encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -102,9 +106,16 @@ def manifest_path(run_dir: Path, name: str) -> Path:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest, perhaps of a run from elsewhere. ValueError with the file and what is wrong in it."""
+    """A manifest, perhaps of a run from elsewhere. ValueError with the file and what is wrong in it.
+
+    Where its provenance lies beside it, the manifest has to be the one that its stage wrote.
+    """
     manifest = read_json(path)
     manifests.check(manifest, str(path))
+    told = path.with_name(PROVENANCE)
+    written = read_json(told).get("manifest_sha256") if told.is_file() else None
+    if written and written != sha256_file(path):
+        raise ValueError(f"{path} is not what its stage wrote (SHA-256); delete its folder and run that stage again")
     return manifest
 
 
@@ -365,7 +376,8 @@ def finish_stage(stage: Stage, outputs: list[str], metrics: Mapping[str, Any]) -
         "outputs": {str(p.relative_to(stage.folder.resolve())): describe_output(p) for p in files},
         "metrics": dict(metrics),
     }
-    write_json(stage.path(PROVENANCE), _provenance(stage))
+    digest = hashlib.sha256(_written(manifest).encode()).hexdigest()
+    write_json(stage.path(PROVENANCE), _provenance(stage) | {"manifest_sha256": digest})
     write_json(stage.path(MANIFEST), manifest)
     stage.lock.release()
     return stage.path(MANIFEST)

@@ -25,9 +25,11 @@ from pathlib import Path
 import psutil
 import yaml
 
+from tinyr1_utils.artifacts import LOG
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("trials.csv")
-FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
+FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
 CONFIG, RUN = "configs/faults.yaml", "papermill_runs/faults"
 STAGES = ("curation/math", "sft/math", "merge/exact", "evaluation/exact", "stress/exact", "analysis/report")
 SMALL = {"limit": 16, "n_samples": 2, "chunk_size": 4, "max_new_tokens": 64}
@@ -99,9 +101,9 @@ def manifests(project: Path) -> dict[str, bytes]:
 
 
 def files(project: Path) -> set[str]:
-    """Every file of the run, by its place."""
+    """Every file of the run by its place; not what stages print, which a stage that is called alone does not keep."""
     run = project / RUN
-    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()} - {".run.lock"}
+    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and path.name != LOG}
 
 
 def processes(project: Path) -> list[psutil.Process]:
@@ -209,7 +211,8 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
         shutil.copytree(kept, folder, symlinks=True, dirs_exist_ok=True)
         yield
     finally:
-        shutil.copytree(folder, kept, symlinks=True, dirs_exist_ok=True)
+        shutil.rmtree(kept)
+        shutil.copytree(folder, kept, symlinks=True)
         subprocess.run(["umount", folder], check=True)
         folder.rmdir()
         kept.rename(folder)
@@ -378,23 +381,32 @@ def run_undisturbed(folder: Path) -> tuple[Path, dict[str, float]]:
     return project, seconds
 
 
+def judged(fault: Fault, scene: Scene) -> tuple[Hurt, str]:
+    """How a scene's call was hurt, and what that lost. A call that does not end, or says nothing, is a loss too."""
+    found: Hurt = (float("nan"), -1)
+    try:
+        found = fault.hurt(scene)
+        if found is None:
+            return None, ""
+        if left := await_end(scene.project):
+            return found, f"left processes: {left}"
+        again = call(scene.project, command(*fault.again) if fault.again else scene.words)
+        return found, judge(scene.project, scene.undisturbed, again)
+    except AssertionError as error:
+        return found, str(error).replace("\n", " ")
+    except subprocess.TimeoutExpired as error:
+        return found, f"did not end: {' '.join(map(str, error.cmd))[:100]}"
+
+
 def trial(name: str, stage: str, seed: int, undisturbed: Path, seconds: dict[str, float]) -> Trial | None:
     """One trial; None where the call ended before it was hurt."""
     fault = FAULTS[name]
     words = command("all") if fault.whole_run else one_stage(stage)
-    usual = sum(seconds[name] for name in STAGES[STAGES.index(stage) :]) if fault.whole_run else seconds[stage]
+    usual = sum(seconds[one] for one in STAGES[STAGES.index(stage) :]) if fault.whole_run else seconds[stage]
     with trial_project(undisturbed, stage, fault.whole_run, undisturbed.with_name("hurt")) as project:
         scene = Scene(project, undisturbed, stage, words, usual, random.Random(f"{name}|{stage}|{seed}"))
-        try:
-            found = fault.hurt(scene)
-        except AssertionError as error:
-            return Trial(name, stage, seed, float("nan"), -1, str(error).replace("\n", " "))
-        if found is None:
-            return None
-        left = await_end(project)
-        again = call(project, command(*fault.again) if fault.again else words)
-        lost = f"left processes: {left}" if left else judge(project, undisturbed, again)
-    return Trial(name, stage, seed, round(found[0], 2), found[1], lost)
+        found, lost = judged(fault, scene)
+    return found and Trial(name, stage, seed, round(found[0], 2), found[1], lost)
 
 
 def write(done: list[Trial], path: Path) -> None:
