@@ -9,7 +9,7 @@ COMPILE := $(VENV)/bin/uv pip compile -q --python-version 3.11 --no-annotate --n
 	--custom-compile-command "make lock" --overrides requirements/overrides.txt $(LOCK_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap run plan status verify compare test test-slow lab lint format figures publish lm-eval licences benchmark-curation benchmark-grading \
+.PHONY: help bootstrap run plan status verify compare test test-slow faults lab lint format figures publish lm-eval licences benchmark-curation benchmark-grading \
 	benchmark-merge benchmark-sft benchmark-stress lock clean clean-runs
 
 help:
@@ -43,6 +43,10 @@ verify: bootstrap ## hold every artifact of CONFIG against its manifest; REBUILD
 
 compare: bootstrap ## two finished runs, A=run1 B=run2: parameters that differ, scores with paired intervals
 	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner compare $(A) $(B)
+
+faults: bootstrap ## TRIALS (20) of every fault at random moments, hours; needs root; FAULTS="full disk" for one
+	@bash scripts/test_programs.sh
+	$(VENV_PYTHON) tests/faults/trials.py --folder $(or $(FOLDER),/tmp/faults) --trials $(or $(TRIALS),20) --faults "$(FAULTS)"
 
 lab: bootstrap ## JupyterLab on notebooks/, its kernel this environment; LAB_ARGS=--no-browser
 	$(VENV)/bin/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)

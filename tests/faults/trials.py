@@ -17,9 +17,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 import psutil
@@ -27,11 +28,15 @@ import yaml
 
 from tinyr1_utils.artifacts import LOG
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from test_endpoints import Handler, Server
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("trials.csv")
-FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
+FAKETIME = next(map(str, Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), "")
 CONFIG, RUN = "configs/faults.yaml", "papermill_runs/faults"
 STAGES = ("curation/math", "sft/math", "merge/exact", "evaluation/exact", "stress/exact", "analysis/report")
+ENDPOINT = "evaluation/endpoint"
 SMALL = {"limit": 16, "n_samples": 2, "chunk_size": 4, "max_new_tokens": 64}
 SECTIONS = {
     "curation": {
@@ -44,7 +49,10 @@ SECTIONS = {
         "variants": {"math": {"domains": "math"}, "science": {"domains": "science"}},
     },
     "merge": {"shared": {"merge_order": "math,science"}, "variants": {"exact": {"recipe": "arcee_fusion"}}},
-    "evaluation": {"shared": SMALL | {"benchmarks": "micro-code"}, "variants": {"exact": {"model": "merge/exact"}}},
+    "evaluation": {
+        "shared": SMALL | {"benchmarks": "micro-code"},
+        "variants": {"exact": {"model": "merge/exact"}, "endpoint": {"model": "backbone", "backend": "endpoint"}},
+    },
     "stress": {"shared": SMALL | {"changes": "true_false"}, "variants": {"exact": {"model": "merge/exact"}}},
 }
 
@@ -61,7 +69,28 @@ class Trial:
     lost: str
 
 
-def make_project(folder: Path) -> Path:
+class Answers(Handler):
+    """Answers by what it is asked, after a moment; while the server is `down`, every connection is dropped."""
+
+    def do_POST(self) -> None:
+        if self.server.down:
+            self.close_connection = True
+            return
+        time.sleep(0.2)
+        super().do_POST()
+
+
+class Endpoint(Server):
+    """An OpenAI-compatible server in this process, whose network can go."""
+
+    def __init__(self):
+        super().__init__()
+        self.RequestHandlerClass, self.down = Answers, False
+        self.choice = lambda asked: ({"content": f"answer {asked['seed'] % 97}"}, "stop")
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+def make_project(folder: Path, endpoint_url: str) -> Path:
     """A project folder with this repository's notebooks and rules, the small config and no results."""
     project = folder / "project"
     project.mkdir(parents=True)
@@ -74,6 +103,7 @@ def make_project(folder: Path) -> Path:
     values = yaml.safe_load((REPOSITORY / "configs/micro.yaml").read_text()) | {"name": "faults"}
     for section, change in SECTIONS.items():
         values[section] = {"shared": values[section]["shared"] | change["shared"], "variants": change["variants"]}
+    values["evaluation"]["variants"]["endpoint"] |= {"endpoint_url": endpoint_url, "concurrency": 2}
     (project / "configs").mkdir()
     (project / CONFIG).write_text(yaml.safe_dump(values))
     return project
@@ -117,6 +147,11 @@ def processes(project: Path) -> list[psutil.Process]:
     return [process for process in found if process.pid not in {psutil.Process().pid, psutil.Process().ppid()}]
 
 
+def stages_from(stage: str) -> tuple[str, ...]:
+    """A stage of STAGES and all behind it."""
+    return STAGES[STAGES.index(stage) :]
+
+
 def await_end(project: Path, within_s: float = 30.0) -> list[str]:
     """Command lines of the processes that are still there after a while; they are ended then."""
     deadline = time.monotonic() + within_s
@@ -145,7 +180,7 @@ def named(*words: str) -> Callable[[psutil.Process], bool]:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a fault meets: the copy it hurts, the call in it, the seconds that call usually takes, random choices."""
+    """What a fault meets: the copy it hurts, the call in it, the seconds it usually takes, random choices, a server."""
 
     project: Path
     undisturbed: Path
@@ -153,6 +188,7 @@ class Scene:
     words: list[str]
     seconds: float
     pick: random.Random
+    endpoint: Endpoint
 
 
 Hurt = tuple[float, int] | None  # the moment and the code of the hurt call; None: the call ended before it
@@ -298,6 +334,8 @@ def second_call(scene: Scene) -> Hurt:
 
 def clock(scene: Scene) -> Hurt:
     """The clock jumps by up to two days, ahead or back, at a random moment; then the call is killed."""
+    if not FAKETIME:
+        raise FileNotFoundError("no libfaketime (Debian: faketime)")
     told = scene.project / "clock"
     told.write_text("+0")
     faked = {"LD_PRELOAD": FAKETIME, "FAKETIME_TIMESTAMP_FILE": str(told), "FAKETIME_NO_CACHE": "1"}
@@ -312,6 +350,34 @@ def clock(scene: Scene) -> Hurt:
         return None
     os.killpg(process.pid, signal.SIGKILL)
     return time.monotonic() - begun, process.wait()
+
+
+def dropped_network(scene: Scene) -> Hurt:
+    """The endpoint's connections drop at a random moment, for some seconds, which retries outlast, or for good."""
+    process, begun = start(scene), time.monotonic()
+    moment, back = scene.pick.random() * scene.seconds, scene.pick.choice([2.0, 600.0])
+    try:
+        while process.poll() is None:
+            passed = time.monotonic() - begun
+            scene.endpoint.down = moment <= passed < moment + back
+            time.sleep(0.02)
+    finally:
+        scene.endpoint.down = False
+    if process.returncode:
+        assert "finished completions are kept" in said(scene), said(scene)[-500:]
+    return moment, process.returncode
+
+
+def short_of_memory(scene: Scene) -> Hurt:
+    """Less memory for data than the stage needs, somewhere between a fifth and all of it."""
+    told = json.loads((scene.undisturbed / RUN / scene.stage / "provenance.json").read_text())
+    limit = int((0.2 + 0.8 * scene.pick.random()) * told["peak_gib"] * 2**30)
+    begun = time.monotonic()
+    code = start(replace(scene, words=["prlimit", f"--data={limit}", *scene.words])).wait(600)
+    if code == 0:
+        return None
+    assert "ERROR" in said(scene) and "memory" in said(scene).lower(), said(scene)[-500:]
+    return time.monotonic() - begun, code
 
 
 KERNEL, PAPERMILL = named("ipykernel_launcher"), named("stage_runner stage", "!tee", "!bash")
@@ -334,6 +400,8 @@ FAULTS = {
     "damaged artifact": Fault(damage, tuple(dict.fromkeys(NEXT.values())), again=("verify", "--rebuild")),
     "two calls at once": Fault(second_call, ("merge/exact", "analysis/report"), whole_run=True),
     "clock jumps": Fault(clock),
+    "network drops": Fault(dropped_network, (ENDPOINT,)),
+    "out of memory": Fault(short_of_memory, ("sft/math", "evaluation/exact")),
 }
 
 
@@ -355,7 +423,7 @@ def judge(project: Path, undisturbed: Path, again: subprocess.CompletedProcess[s
 def trial_project(undisturbed: Path, stage: str, whole_run: bool, place: Path) -> Iterator[Path]:
     """A copy of the undisturbed project without a stage, and without all behind it where the whole run is called."""
     shutil.copytree(undisturbed, place, symlinks=True)
-    behind = STAGES[STAGES.index(stage) :] if whole_run else (stage,)
+    behind = stages_from(stage) if whole_run else (stage,)
     for name in behind:
         shutil.rmtree(place / RUN / name)
     try:
@@ -365,20 +433,24 @@ def trial_project(undisturbed: Path, stage: str, whole_run: bool, place: Path) -
         shutil.rmtree(place)
 
 
-def run_undisturbed(folder: Path) -> tuple[Path, dict[str, float]]:
-    """The project after an undisturbed run, and the seconds that each stage takes when it is called alone."""
-    project, seconds = make_project(folder), {}
+Undisturbed = tuple[Path, dict[str, float], Endpoint]
+
+
+def run_undisturbed(folder: Path) -> Undisturbed:
+    """The project after an undisturbed run, the seconds that each stage takes when it is called alone, its endpoint."""
+    endpoint = Endpoint()
+    project, seconds = make_project(folder, endpoint.url), {}
     done = call(project, command("all"))
     if done.returncode:
         raise RuntimeError(f"the undisturbed run failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    for stage in STAGES:
+    for stage in (*STAGES, ENDPOINT):
         with trial_project(project, stage, False, folder / "timed") as copy:
             begun = time.monotonic()
             done = call(copy, one_stage(stage))
             seconds[stage] = time.monotonic() - begun
             if lost := judge(copy, project, done):
                 raise RuntimeError(f"{stage} called twice does not repeat itself: {lost}")
-    return project, seconds
+    return project, seconds, endpoint
 
 
 def judged(fault: Fault, scene: Scene) -> tuple[Hurt, str]:
@@ -398,15 +470,26 @@ def judged(fault: Fault, scene: Scene) -> tuple[Hurt, str]:
         return found, f"did not end: {' '.join(map(str, error.cmd))[:100]}"
 
 
-def trial(name: str, stage: str, seed: int, undisturbed: Path, seconds: dict[str, float]) -> Trial | None:
+def trial(name: str, stage: str, seed: int, run: Undisturbed) -> Trial | None:
     """One trial; None where the call ended before it was hurt."""
-    fault = FAULTS[name]
+    fault, (undisturbed, seconds, endpoint) = FAULTS[name], run
     words = command("all") if fault.whole_run else one_stage(stage)
-    usual = sum(seconds[one] for one in STAGES[STAGES.index(stage) :]) if fault.whole_run else seconds[stage]
+    usual = sum(seconds[one] for one in stages_from(stage)) if fault.whole_run else seconds[stage]
     with trial_project(undisturbed, stage, fault.whole_run, undisturbed.with_name("hurt")) as project:
-        scene = Scene(project, undisturbed, stage, words, usual, random.Random(f"{name}|{stage}|{seed}"))
+        scene = Scene(project, undisturbed, stage, words, usual, random.Random(f"{name}|{stage}|{seed}"), endpoint)
         found, lost = judged(fault, scene)
     return found and Trial(name, stage, seed, round(found[0], 2), found[1], lost)
+
+
+def table(done: list[Trial]) -> str:
+    """Trials and losses of each fault, as a Markdown table."""
+    lines = ["| fault | stages | trials | something lost |", "|---|---|---:|---:|"]
+    for name, fault in FAULTS.items():
+        ours = [one for one in done if one.fault == name]
+        stages = "all six" if fault.stages == STAGES else ", ".join(fault.stages)
+        where = f"{stages}, and all behind" if fault.whole_run else stages
+        lines.append(f"| {name} | {where} | {len(ours)} | {sum(bool(one.lost) for one in ours)} |")
+    return "\n".join(lines) + "\n"
 
 
 def write(done: list[Trial], path: Path) -> None:
@@ -428,12 +511,12 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = arguments.faults.split(",") if arguments.faults else list(FAULTS)
     done: list[Trial] = []
-    undisturbed, seconds = run_undisturbed(arguments.folder)
-    print({stage: round(value, 1) for stage, value in seconds.items()}, flush=True)
+    run = run_undisturbed(arguments.folder)
+    print({stage: round(value, 1) for stage, value in run[1].items()}, flush=True)
     for fault in chosen:
         stages, seed, count = FAULTS[fault].stages, arguments.seed, 0
         while count < arguments.trials:
-            one = trial(fault, stages[count % len(stages)], seed, undisturbed, seconds)
+            one = trial(fault, stages[count % len(stages)], seed, run)
             seed += 1
             if one is None:
                 continue
@@ -443,7 +526,7 @@ def main() -> None:
                 f"{fault}, {one.stage}, seed {one.seed}, at {one.moment_s} s: {one.lost or 'nothing lost'}", flush=True
             )
             write(done, arguments.results)
-    shutil.rmtree(undisturbed)
+    shutil.rmtree(run[0])
     sys.exit(int(any(one.lost for one in done)))
 
 

@@ -1,0 +1,35 @@
+"""The fault suite in small: one trial of each fault that hits hardest; `make faults` runs twenty of every one."""
+
+import os
+import random
+
+import pytest
+import trials
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+AS_ROOT = {"full disk", "read-only folder"}  # they mount
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A finished small run and the seconds of its stages."""
+    return trials.run_undisturbed(tmp_path_factory.mktemp("faults") / "small")
+
+
+@pytest.mark.parametrize(
+    ("fault", "stage"),
+    [
+        ("kill -9 of the kernel", "evaluation/exact"),
+        ("kill -9 of a torchrun rank", "sft/math"),
+        ("SIGTERM to papermill", "curation/math"),
+        ("full disk", "merge/exact"),
+        ("damaged artifact", "evaluation/exact"),
+    ],
+)
+def test_nothing_is_lost(fault, stage, undisturbed):
+    if fault in AS_ROOT and os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    seed = random.randrange(10**9)
+    while (one := trials.trial(fault, stage, seed, undisturbed)) is None:
+        seed += 1
+    assert one.lost == "", one
