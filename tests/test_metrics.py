@@ -1,4 +1,4 @@
-"""pass@k, clustered errors, intervals and paired tests against closed forms, and a simulation of the coverage."""
+"""Clustered errors, intervals and paired tests against closed forms, and a simulation of the coverage."""
 
 import itertools
 import math
@@ -8,25 +8,6 @@ import pytest
 from scipy import stats
 
 from tinyr1_utils import metrics
-
-
-def test_pass_at_k_is_the_share_of_draws_with_a_right_sample():
-    for n, c in ((5, 0), (5, 2), (6, 5), (4, 4)):
-        samples = [1] * c + [0] * (n - c)
-        for k in range(1, n + 1):
-            draws = list(itertools.combinations(samples, k))
-            assert metrics.pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-
-
-def test_pass_at_1_is_the_mean_and_large_counts_stay_exact():
-    assert metrics.pass_at_k(16, 4, 1) == 0.25
-    assert metrics.pass_at_k(10_000, 1, 5_000) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
-def test_pass_at_k_refuses_impossible_counts(n, c, k):
-    with pytest.raises(ValueError, match="pass@k"):
-        metrics.pass_at_k(n, c, k)
 
 
 def test_clustered_mean_of_one_sample_each_is_the_plain_standard_error():
@@ -142,16 +123,6 @@ def test_samples_needed_for_problems_that_never_vary_is_one():
     assert metrics.samples_needed([[1, 1], [0, 0]]) == 1
     with pytest.raises(ValueError, match="two or more samples"):
         metrics.samples_needed([[1, 1], [0]])
-
-
-def test_paired_bootstrap_is_near_the_t_interval_and_the_same_for_a_seed():
-    rng = np.random.default_rng(5)
-    a, b = ({str(i): rng.random(3) + shift for i in range(120)} for shift in (0.2, 0.0))
-    found = metrics.paired_bootstrap(a, b)
-    assert found == metrics.paired_bootstrap(a, b) != metrics.paired_bootstrap(a, b, seed=1)
-    assert found == pytest.approx(metrics.interval(metrics.paired_difference(a, b)), abs=0.01)
-    assert metrics.paired_bootstrap(a, a) == (0.0, 0.0)
-    assert all(math.isnan(bound) for bound in metrics.paired_bootstrap({"q": [1.0]}, {"q": [0.0]}))
 
 
 def test_paired_difference_is_that_of_the_problems_and_smaller_than_unpaired():

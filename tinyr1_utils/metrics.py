@@ -21,17 +21,6 @@ class Estimate:
     n_samples: int
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate of pass@k from `n` samples of one problem of which `c` are right.
-
-    1 - C(n - c, k) / C(n, k): Chen et al. 2021, arXiv 2107.03374, equation 1, in exact integers.
-    Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
-    """
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
 def _estimate(values: np.ndarray, n_samples: int) -> Estimate:
     """Mean of one value per problem, shape (n_problems,), with s / sqrt(n_problems) as standard error."""
     n_problems = len(values)
@@ -140,27 +129,3 @@ def sign_test(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]
     differences = _differences(a, b)
     better, worse = int(np.sum(differences > 1e-12)), int(np.sum(differences < -1e-12))
     return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
-
-
-def paired_bootstrap(
-    a: Mapping[str, Sequence[float]],
-    b: Mapping[str, Sequence[float]],
-    confidence: float = 0.95,
-    n_resamples: int = 9999,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """The percentile bootstrap interval of mean(a) - mean(b), problems drawn with replacement in pairs, (low, high).
-
-    Efron and Tibshirani 1993, chapter 13. Assumes no distribution, where `interval` of `paired_difference` takes t.
-    Deterministic for a seed. NaN for one problem.
-    """
-    differences = _differences(a, b)
-    if len(differences) < 2:
-        return math.nan, math.nan
-    if np.ptp(differences) == 0:
-        return float(differences[0]), float(differences[0])
-    drawn = stats.bootstrap(
-        (differences,), np.mean, confidence_level=confidence, n_resamples=n_resamples, method="percentile",
-        rng=np.random.default_rng(seed), batch=1000,
-    )  # fmt: skip
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
