@@ -1,6 +1,5 @@
 """Clustered errors, intervals and paired tests against closed forms, and a simulation of the coverage."""
 
-import itertools
 import math
 
 import numpy as np

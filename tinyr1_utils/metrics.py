@@ -1,4 +1,4 @@
-"""Owns what is computed from scores: pass@k, means with clustered standard errors, intervals, paired differences.
+"""Owns what is computed from scores: means with clustered standard errors, intervals, paired differences.
 
 Does not read scores from disk and does not draw. Everything here is deterministic.
 """
