@@ -6,6 +6,7 @@ import shlex
 import sys
 
 from tinyr1_utils.artifacts import LOG
+from tinyr1_utils.cluster import job_resources
 from tinyr1_utils.config import STAGES, load_config, stage_parameters, upstream
 
 CONFIG = config.get("run_config") or "configs/micro.yaml"
@@ -29,16 +30,6 @@ def inputs_of(stage):
 
 def facts_of(stage):
     return lambda wildcards: json.dumps(stage_parameters(RUN, stage, wildcards.variant).facts(), sort_keys=True)
-
-
-def resource(stage, name):
-    return getattr(RUN.stage_resources(stage), name)
-
-
-def across_nodes(stage):
-    """A job of several nodes starts its workers itself (launcher `srun`), by one task for each node."""
-    nodes = resource(stage, "nodes")
-    return {"mpi": "srun", "tasks": nodes, "tasks_per_gpu": 0} if nodes > 1 else {}
 
 
 # Long training first, then what waits for it: at the end of a run no core should wait for one long job.
@@ -66,17 +57,13 @@ for STAGE, parameters in STAGES.items():
             stage=STAGE,
             facts=facts_of(STAGE),
         priority: PRIORITY.get(STAGE, 0)
-        threads: resource(STAGE, "cores")
+        threads: RUN.stage_resources(STAGE).cores
         resources:
-            gpus_here=resource(STAGE, "gpus"),
-            gres=f"gpu:{resource(STAGE, 'gpus')}" if resource(STAGE, "gpus") else "",
-            nodes=resource(STAGE, "nodes"),
-            mem_mb=resource(STAGE, "memory_gib") * 1024,
-            runtime=resource(STAGE, "minutes"),
             attempt=lambda wildcards, attempt: attempt,
-            **across_nodes(STAGE),
+            **job_resources(RUN.stage_resources(STAGE)),
         log:
             f"{RUN.run_dir}/{STAGE}/{{variant}}/{LOG}",
         shell:
             "{PYTHON:q} -m tinyr1_utils.stage_runner stage --config {CONFIG:q} {DATA_OPTION}"
-            " --stage {params.stage} --variant {wildcards.variant} --attempt {resources.attempt} 2>&1 | tee {log:q}"
+            " --stage {params.stage} --variant {wildcards.variant} --attempt {resources.attempt} 2>&1"
+            " | {{ tee {log:q} || cat; }}"

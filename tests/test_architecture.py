@@ -40,6 +40,7 @@ FLOORS = {
     2: (
         "artifacts",
         "backbones",
+        "cluster",
         "branches",
         "chat_templates",
         "memory_plan",

@@ -90,8 +90,11 @@ def test_a_stage_is_done_only_when_its_manifest_is_there(tmp_path):
 
 def test_opening_again_is_not_done_until_it_is_finished(tmp_path):
     path = run_stage(tmp_path)
+    torn = [path.parent / "branch/.model.safetensors.123.tmp", path.parent / ".probe-123"]
+    for file in torn:
+        file.write_bytes(b"half")
     opened = open_stage(parameters(tmp_path), inputs={"source": "digest"})
-    assert not path.exists()
+    assert not path.exists() and not any(file.exists() for file in torn)
     assert opened.path("selected.jsonl").exists()  # the same parameters: what is there is taken up
     opened.lock.release()
 
@@ -245,14 +248,17 @@ def test_an_unlisted_output_and_a_damaged_manifest_are_named(tmp_path):
 
 def test_a_manifest_that_its_stage_did_not_write_is_named(tmp_path):
     path = run_stage(tmp_path)
-    assert damages(tmp_path) == {}
+    stages = ["curation/math", "sft/math"]
+    assert damages(tmp_path, stages) == {}
     path.write_text(path.read_text().replace('"kept": 2', '"kept": 3'))
     sentence = "manifest.json is not what its stage wrote (SHA-256); delete its folder and run that stage again"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         load_manifest(tmp_path, "curation/math")
-    assert sentence in damages(tmp_path)["curation/math"]
+    assert sentence in damages(tmp_path, stages)["curation/math"]
+    (path.parent / "branch/adapter_config.json").write_text("{}")
     (path.parent / PROVENANCE).unlink()  # published without it
     assert load_manifest(tmp_path, "curation/math")["metrics"] == {"kept": 3}
+    assert "branch/adapter_config.json is not in its stage's manifest" in damages(tmp_path, stages)["curation/math"]
 
 
 HOLDER = """

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import fake_run
@@ -13,13 +14,13 @@ import nbformat
 import pytest
 import yaml
 
+from tinyr1_utils import launch
+from tinyr1_utils.artifacts import EXECUTED, take_lock
 from tinyr1_utils.config import STAGES, load_config, stage_parameters
 from tinyr1_utils.stage_runner import (
     PrefixedLines,
     check_parameters,
     executed_copy,
-    here,
-    job_prefix,
     main,
     notebook_parameters,
     refuse_repetition,
@@ -231,44 +232,63 @@ def test_verify_names_the_stage_and_the_file_that_is_damaged(project, monkeypatc
     assert "1 stage is damaged: `make verify CONFIG=configs/micro.yaml REBUILD=1`" in told.err
 
 
-def executed(project: Path, exception: bool | None) -> None:
-    """An executed copy of sft/math, as papermill leaves it after an error, an end or a kill."""
-    notebook = nbformat.v4.new_notebook(metadata={"papermill": {"exception": exception}})
+def executed(project: Path, *errors: str) -> None:
+    """An executed copy of sft/math, as papermill leaves it after an error, or without one after a kill."""
+    outputs = [nbformat.v4.new_output("error", ename="RuntimeError", evalue=error, traceback=[]) for error in errors]
+    cells = [nbformat.v4.new_markdown_cell("text"), nbformat.v4.new_code_cell("x = 1", outputs=outputs)]
     folder = project / "papermill_runs/micro/sft/math"
     folder.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, folder / "executed.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / EXECUTED)
 
 
-def test_only_what_a_notebook_failed_at_is_not_repeated(project, monkeypatch, capsys):
+def test_only_what_a_notebook_failed_at_for_good_is_not_repeated(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
     parameters = stage_parameters(load_config("configs/micro.yaml"), "sft", "math")
     refuse_repetition(parameters)  # nothing there
-    executed(project, None)
+    executed(project)
     refuse_repetition(parameters)  # killed
     copy = executed_copy(parameters)
     copy.write_text(copy.read_text()[:40])
     refuse_repetition(parameters)  # killed while it was written
-    executed(project, True)
+    for lost in ("ranks", "lock", "peer"):
+        executed(project, LOST[lost]())
+        refuse_repetition(parameters)
+    executed(project, "no such row")
     with pytest.raises(SystemExit):
         refuse_repetition(parameters)
-    assert "sft/math failed before in this run and is not tried again" in one_sentence(capsys.readouterr().err)
+    told = one_sentence(capsys.readouterr().err)
+    assert told == "sft/math failed and is not tried again in this run:\n  RuntimeError: no such row"
 
 
-@pytest.mark.parametrize(("listed", "options"), [("GPU 0: a\nGPU 1: b\n", ["--resources", "gpus_here=2"]), ("", [])])
-def test_stages_share_the_gpus_that_are_here(tmp_path, monkeypatch, listed, options):
-    program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert here(3) == ["--cores", "3", *options]
+def failing_job(program: str) -> str:
+    """What `launch.run` says of a job that ends by itself."""
+    with pytest.raises(RuntimeError) as raised:
+        launch.run([sys.executable, "-c", program], on_line=lambda line: None)
+    return str(raised.value)
 
 
-def test_jobs_of_two_runs_are_never_taken_for_each_others(project, monkeypatch):
-    config = load_config("configs/micro.yaml")
-    first = job_prefix(config)
-    monkeypatch.chdir(project)
-    assert len({first, job_prefix(config), job_prefix(load_config(ROOT / "configs/micro-ablation.yaml"))}) == 3
-    assert re.fullmatch(r"[A-Za-z0-9-]{1,50}", first)  # what Snakemake takes
+def locked_stage() -> str:
+    """What a stage says whose lock another process holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        holder = [
+            sys.executable,
+            "-c",
+            "import filelock, sys, time; filelock.FileLock(sys.argv[1]).acquire(); print(flush=True); time.sleep(60)",
+        ]
+        process = subprocess.Popen([*holder, f"{folder}/.lock"], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        with pytest.raises(RuntimeError) as raised:
+            take_lock(Path(folder))
+        process.kill()
+        process.communicate()
+    return str(raised.value)
+
+
+LOST = {
+    "ranks": lambda: failing_job("import os; os.kill(os.getpid(), 9)"),
+    "peer": lambda: failing_job("raise SystemExit('gloo: Connection closed by peer [10.0.0.2]:1234')"),
+    "lock": locked_stage,
+}
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,9 @@ def take_lock(folder: Path) -> filelock.BaseFileLock:
     try:
         lock.acquire(timeout=10)  # a killed run's processes may still be ending
     except filelock.Timeout:
-        raise RuntimeError(f"another process is running this stage in {folder}; wait for it or stop it") from None
+        raise RuntimeError(
+            f"another process is running this stage in {folder}; wait for it or stop it, then run the stage again"
+        ) from None
     return lock
 
 
@@ -289,6 +291,8 @@ def open_stage(parameters: StageParameters, inputs: Mapping[str, str] | None = N
     lock = take_lock(folder)
     key = resume_key(parameters, digests)
     (folder / MANIFEST).unlink(missing_ok=True)
+    for torn in (*folder.rglob(".*.tmp"), *folder.glob(".probe-*")):  # what a killed process was writing
+        torn.unlink(missing_ok=True)
     _forget_other_runs(folder, key)
     return Stage(
         parameters.stage, parameters.variant, folder, run_dir, parameters, digests, key, time.monotonic(), lock
@@ -392,19 +396,22 @@ def completed(run_dir: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def damages(run_dir: Path) -> dict[str, str]:
-    """Finished stages of a run whose files are not what their manifests say, each with the first difference.
+def damages(run_dir: Path, stages: Sequence[str]) -> dict[str, str]:
+    """Those of the `stage/variant` that are done and whose files are not what the manifest says: the first difference.
 
     Reads every byte. Stages that are lent by another run are that run's to check.
     """
     found = {}
-    for path in (path for stage in STAGES for path in sorted((run_dir / stage).glob(f"*/{MANIFEST}"))):
-        folder = path.parent
-        if folder.is_symlink():
+    for name in stages:
+        folder = run_dir / name
+        if folder.is_symlink() or not (folder / MANIFEST).is_file():
             continue
         try:
-            for file, facts in read_manifest(path)["outputs"].items():
+            listed = read_manifest(folder / MANIFEST)["outputs"]
+            for file, facts in listed.items():
                 _check_output(folder, file, facts)
+            for top in sorted({Path(file).parts[0] for file in listed if len(Path(file).parts) > 1}):
+                _check_unlisted(folder, top, listed)
         except (ValueError, OSError) as error:
-            found[f"{folder.parent.name}/{folder.name}"] = str(error)
+            found[name] = str(error)
     return found

@@ -18,7 +18,7 @@ from typing import Any
 from tinyr1_utils.config import GenerationParameters, nearest
 from tinyr1_utils.engines import Engine, Keep, Request, check_gpus, room, vllm_environment, vllm_settings
 from tinyr1_utils.launch import search_path
-from tinyr1_utils.masking import masked
+from tinyr1_utils.masking import without
 from tinyr1_utils.records import Completion
 
 RETRIES = 8  # of a request that met 429, 5xx or a time-out; the client waits 0.5 s, then twice as long, up to 8 s
@@ -195,7 +195,8 @@ def endpoint_engine(parameters: GenerationParameters, go_on: Callable[[], bool] 
             raise ValueError(f"{url} answered without a choice for {request.problem_id}")
         choice, usage = answer.choices[0], answer.usage
         tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-        text = masked(_with_reasoning(choice.message))  # a server may repeat what it was sent, the key included
+        # A server may repeat what it was sent. Other secrets of this environment it has never seen.
+        text = without(os.environ.get("OPENAI_API_KEY", ""), _with_reasoning(choice.message))
         return Completion(*request.key, text, str(choice.finish_reason), *tokens)
 
     return _concurrent(loop, draw, parameters.concurrency, go_on)

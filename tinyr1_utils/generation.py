@@ -292,10 +292,12 @@ def draw_shard(
     """Draw a shard's share of a stage's requests, `asked` by file name, for `take_up`.
 
     What the shard itself, any other or the stage with this key holds already is not drawn again, so that n may change.
-    Raises RuntimeError where another process draws this shard; everything else is as `draw_into` says.
+    Raises RuntimeError where another process draws this shard or is in the stage itself; else as `draw_into`.
     """
     parts, (k, n), chunks = parts_folder(parameters, key), shard, 0
     stage_folder = from_root(parameters.run_dir) / parameters.stage / parameters.variant
+    if stage_folder.is_dir() and not stage_folder.is_symlink():
+        take_lock(stage_folder).release()
     folder = parts / f"{k}-of-{n}"
     folder.mkdir(parents=True, exist_ok=True)
     lock = take_lock(folder)
@@ -331,6 +333,8 @@ def take_up(stage: Stage, on_progress: Callable[[str], None] = print) -> None:
                 rows = CompletionsFile(folder / name).rows | rows
             write_records(stage.path(name), rows.values())
             on_progress(f"{name}: {len(rows)} completions with those of {len(shards)} shards")
-    shutil.rmtree(parts, ignore_errors=True)
-    with contextlib.suppress(OSError):  # other stages' shards, or none at all
-        parts.parent.rmdir()
+        for folder in shards:
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in (parts, parts.parent):
+        with contextlib.suppress(OSError):  # a shard that began meanwhile, other stages' shards, or none at all
+            folder.rmdir()

@@ -29,7 +29,9 @@ _FORWARDED = re.compile(
     r"(PATH|LD_LIBRARY_PATH|TMPDIR|VIRTUAL_ENV|XDG_CACHE_HOME)$|PYTHON|CUDA_(?!VISIBLE)"
     r"|(ACCELERATE|DS|GLOO|HF|MKL|NCCL|OMP|TOKENIZERS|TORCH\w*|TQDM|TRANSFORMERS|TRITON|UCX|WANDB)_"
 )
+AGAIN = "run the stage again"  # stands in every error that another attempt may not meet
 ERROR = "ERROR  "  # a job's last words: what went wrong, in one sentence
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 _CRASHES = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
 # What torchrun and DeepSpeed's launcher say of a worker that a signal ended.
 _SIGNAL = re.compile(r"Signal (\d+) \(SIG\w+\) received|exitcode\s*:\s*-(\d+)|exits with return code = -(\d+)")
@@ -92,7 +94,7 @@ def _srun(parameters: SftParameters, port: int) -> list[str]:
     # Slurm is asked, since Snakemake's jobs keep none of the variables that would tell.
     shown = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=True)
     facts = dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
-    listed = ["scontrol", "show", "hostnames", facts["NodeList"]]
+    listed = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", facts["NodeList"])]
     hosts = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()
     nodes = parameters.num_nodes
     if len(hosts) < nodes:
@@ -106,7 +108,7 @@ def _srun(parameters: SftParameters, port: int) -> list[str]:
         "--overlap",
         "--kill-on-bad-exit=1",
     ]
-    tasks += [f"--cpus-per-task={facts['CPUs/Task']}"]
+    tasks += [f"--cpus-per-task={facts['CPUs/Task']}"] if facts["CPUs/Task"].isdigit() else []
     options = [f"--nnodes={nodes}", f"--nproc-per-node={parameters.num_processes // nodes}", "--rdzv-backend=c10d"]
     options += [f"--rdzv-endpoint={hosts[0]}:{port}", f"--rdzv-id={job}"]
     return [*tasks, sys.executable, "-m", "torch.distributed.run", *options]
@@ -191,8 +193,9 @@ def _reason(code: int, said: str, ended_by: int, last: Sequence[str]) -> str:
         how = f"a process of the job was ended by {signal.Signals(ended_by).name}"
     if ended_by and ended_by not in _CRASHES:
         memory = ", perhaps for want of memory" if ended_by == signal.SIGKILL else ""
-        return f"{how}{memory}: run the stage again, it goes on where it was"
-    return f"{how}; its last lines:\n" + "\n".join(last)
+        return f"{how}{memory}: {AGAIN}, it goes on where it was"
+    lost = f"; it lost a process: {AGAIN}" if any(sign in line for line in last for sign in LOST_PEER) else ""
+    return f"{how}{lost}; its last lines:\n" + "\n".join(last)
 
 
 def _kill_group(process: subprocess.Popen) -> None:

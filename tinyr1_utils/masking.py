@@ -7,20 +7,29 @@ import json
 import os
 import re
 
-SECRET = re.compile(r"(^|_)(API_?KEY|KEY|PASSWORD|PASSWD|SECRET|TOKEN)(_|$)", re.IGNORECASE)
+SECRET = re.compile(r"(^|_)(API_?KEY|ACCESS_?KEY|KEY|PASSWORD|PASSWD|SECRET|TOKEN)S?(_|$)", re.IGNORECASE)
 SHORTEST = 8  # characters; a shorter value, such as 1, would be found in texts that know nothing of it
 MASK = "[masked]"
 
 
 def secrets() -> list[str]:
-    """The values of the environment's variables that are named like a secret, longer ones first."""
-    values = {value.strip() for name, value in os.environ.items() if SECRET.search(name)}
-    return sorted((value for value in values if len(value) >= SHORTEST), key=lambda value: (-len(value), value))
+    """The values of the environment's variables that are named like a secret, and the lines of longer ones."""
+    values = [value for name, value in os.environ.items() if SECRET.search(name)]
+    return sorted({line.strip() for value in values for line in (value, *value.splitlines())})
+
+
+def without(secret: str, text: str) -> str:
+    """The text with MASK in the place of a secret, also where it is written as JSON."""
+    if len(secret) < SHORTEST:
+        return text
+    written = {secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    for form in sorted(written, key=len, reverse=True):  # the plain form in a longer one would leave its escapes
+        text = text.replace(form, MASK)
+    return text
 
 
 def masked(text: str) -> str:
-    """The text with MASK in the place of every secret, also where it is written as JSON."""
-    for secret in secrets():
-        for written in (secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]):
-            text = text.replace(written, MASK)
+    """The text with MASK in the place of every secret of this environment, longer ones first."""
+    for secret in sorted(secrets(), key=len, reverse=True):
+        text = without(secret, text)
     return text

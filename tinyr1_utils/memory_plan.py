@@ -34,6 +34,7 @@ class Plan:
     trained: int
     tokens_per_step: float
     tokens_per_epoch: float
+    steps_per_epoch: float
     steps: float
     flops_per_token: float
     hardware_flops_per_token: float
@@ -188,6 +189,7 @@ def plan(
         trained=trained,
         tokens_per_step=parameters.global_batch_rows * row_tokens,
         tokens_per_epoch=rows * row_tokens if rows else math.nan,
+        steps_per_epoch=per_epoch,
         steps=steps if math.isnan(steps) else math.ceil(steps),
         flops_per_token=flops,
         hardware_flops_per_token=flops + (forward if parameters.gradient_checkpointing else 0),
@@ -279,7 +281,7 @@ def jobs_frame(config: RunConfig, planned: Mapping[str, Plan], price: float) -> 
         rows.append({
             "job": f"{stage}/{variant}", "nodes": asked.nodes, "GPUs": gpus,
             "rows_per_step": parameters.global_batch_rows if found else math.nan,
-            "steps_per_epoch": found.steps / parameters.epochs if found else math.nan,
+            "steps_per_epoch": found.steps_per_epoch if found else math.nan,
             "hours": hours, "GPU_hours": hours * gpus, "cost": hours * gpus * price, "at_most": found is None,
         })  # fmt: skip
     frame = pd.DataFrame(rows)

@@ -38,7 +38,6 @@ from tinyr1_utils.sft_data import Prepared, held_out_frame, mask_frame, prepare,
 from tinyr1_utils.sft_trainer import LOSS_COLUMNS, held_out_losses, kernels, loss_rows, make_trainer
 
 TRAINED, HELD_OUT_BEFORE = "trained", "held_out_before.json"
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 SHORT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 NO_MEMORY = (
     "lower per_device_batch_size (and raise gradient_accumulation) or max_seq_tokens, set gradient_checkpointing or "
@@ -294,7 +293,7 @@ def main() -> None:
         leave_together()
     except Exception as error:
         traceback.print_exc()
-        if any(sign in str(error) for sign in LOST_PEER):
+        if any(sign in str(error) for sign in launch.LOST_PEER):
             raise SystemExit(1) from None  # the process that ended first has the reason
         short = any(sign in str(error).lower() for sign in SHORT_OF_MEMORY)
         sentence = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

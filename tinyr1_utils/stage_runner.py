@@ -8,6 +8,7 @@ python -m tinyr1_utils.stage_runner figures                              # redra
 """
 
 import argparse
+import contextlib
 import io
 import os
 import shutil
@@ -16,12 +17,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 
-from tinyr1_utils import executed_pages, launch
-from tinyr1_utils.artifacts import EXECUTED, MANIFEST, damages, own, sha256_json
+from tinyr1_utils import cluster, executed_pages, launch
+from tinyr1_utils.artifacts import EXECUTED, MANIFEST, damages, own
 from tinyr1_utils.config import (
     STAGES,
     GenerationParameters,
@@ -100,18 +102,21 @@ def executed_copy(parameters: StageParameters) -> Path:
 
 
 def refuse_repetition(parameters: StageParameters) -> None:
-    """SystemExit(1) where the attempt before this one ended in an error of the notebook, which would come again.
+    """SystemExit(1) where the attempt before this one ended in an error that would come again.
 
-    A job that was cancelled, killed or lost its node leaves no such mark: it goes on where it was.
+    A job that was cancelled, killed or lost its node leaves no error in its notebook, one whose workers were lost an
+    error that says AGAIN: these go on where they were.
     """
     import nbformat
 
     try:
-        metadata = nbformat.read(executed_copy(parameters), as_version=4).metadata
+        cells = nbformat.read(executed_copy(parameters), as_version=4).cells
     except (OSError, ValueError):  # none, or killed while it was written
         return
-    if metadata.get("papermill", {}).get("exception"):
-        fail(f"{parameters.stage}/{parameters.variant} failed before in this run and is not tried again: see {PAGE}")
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    for error in (f"{one.ename}: {one.evalue}" for one in outputs if one.output_type == "error"):
+        if launch.AGAIN not in error:
+            fail(f"{parameters.stage}/{parameters.variant} failed and is not tried again in this run:\n  {error}")
 
 
 def make_room(label: str, executed: Path) -> None:
@@ -131,7 +136,6 @@ def execute(parameters: StageParameters) -> Path:
     """
     import nbformat
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     root, label = project_root(), f"{parameters.stage}/{parameters.variant}"
@@ -169,10 +173,10 @@ def execute(parameters: StageParameters) -> Path:
             f"{label} failed in notebook {source.name}, code cell {len(seen)} of {code_cells}:\n"
             f"  {error.ename}: {error.evalue}\n  executed copy: {named}, as a page: {PAGE}"
         )
-    except DeadKernelError:
+    except RuntimeError as error:  # nbclient's DeadKernelError, jupyter_client's for one that never answered
         fail(
             f"{label}: the kernel of notebook {source.name} died in code cell {len(seen)} of {code_cells}, killed from "
-            "outside or for want of memory: run the stage again, it goes on where it was"
+            f"outside or for want of memory ({error}): {launch.AGAIN}, it goes on where it was"
         )
     except OSError as error:
         fail(f"{label}: can not write {named}: {error.strerror or error}")
@@ -198,39 +202,6 @@ def fail(message: str) -> None:
     raise SystemExit(1)
 
 
-def here(cores: int) -> list[str]:
-    """Snakemake's options for a run on this machine: its cores, and its GPUs, each for one stage at a time."""
-    listed = (
-        subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
-    )
-    gpus = listed.stdout.count("\n") if listed and not listed.returncode else 0
-    return ["--cores", str(cores), *(["--resources", f"gpus_here={gpus}"] if gpus else [])]
-
-
-def job_prefix(config: RunConfig) -> str:
-    """What the names of a run's jobs on a cluster begin with; another checkout's run of this name has another."""
-    digest = sha256_json(str(project_root() / config.run_dir))[:8]
-    return f"tinyr1-{config.name.replace('.', '-')[:30]}-{digest}"
-
-
-def wait_for_jobs(prefix: str) -> None:
-    """Wait until Slurm holds no job of an earlier call, which may have died: two jobs of one stage are one too many."""
-    if not shutil.which("squeue"):
-        return
-    told = False
-    while True:
-        listed = subprocess.run(["squeue", "--me", "--noheader", "--format=%i %j"], capture_output=True, text=True)
-        jobs = [line.split()[0] for line in listed.stdout.splitlines() if line.split()[1].startswith(f"{prefix}_")]
-        if not jobs:
-            return
-        if not told:
-            print(
-                f"waiting for this run's jobs of an earlier call: {', '.join(jobs)} (`scancel` ends them)", flush=True
-            )
-        told = True
-        time.sleep(5)
-
-
 def snakemake_command(arguments: argparse.Namespace, config: RunConfig) -> list[str]:
     """The Snakemake call of a run. Locking is ours (released when the process dies), as is the final message."""
     settings = [f"run_config={arguments.config}", f"data_root={arguments.data_root}"]
@@ -238,9 +209,9 @@ def snakemake_command(arguments: argparse.Namespace, config: RunConfig) -> list[
     command += ["--directory", str(project_root()), "--nolock", "--rerun-incomplete", "--keep-going"]
     command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "host", "reason"]
     if arguments.profile:
-        command += ["--profile", arguments.profile, "--slurm-jobname-prefix", job_prefix(config)]
+        command += ["--profile", arguments.profile, "--slurm-jobname-prefix", cluster.job_prefix(config)]
     else:
-        command += here(arguments.cores)
+        command += ["--cores", str(arguments.cores), "--resources", "gpu_stage=1"]
     command += ["--dry-run"] if arguments.dry_run else []
     return [*command, "--config", *settings]
 
@@ -314,36 +285,71 @@ def _check_stress(where: str, parameters: StressParameters) -> None:
         raise ValueError(f"{where}: {benchmark} has no options to score: scorings is generated there")
 
 
-def run_all(arguments: argparse.Namespace) -> None:
-    """Every stage of a config through Snakemake, then where to look. Exit code 1 when a stage failed."""
-    config = load_config(arguments.config, data_root=arguments.data_root)
-    check_names(config)
+def planned(config: RunConfig) -> list[str]:
+    """Every `stage/variant` of a config, in the order of the stages."""
+    return [f"{stage}/{variant}" for stage in STAGES for variant in getattr(config, stage).variants]
+
+
+@contextlib.contextmanager
+def run_lock(config: RunConfig) -> Iterator[Path]:
+    """The run's folder, which no other call uses meanwhile. SystemExit(1) where one does, or it can not be written."""
     run_dir = project_root() / config.run_dir
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run_dir / ".run.lock")
         lock.acquire(timeout=3)
-        for name in (f"{stage}/{variant}" for stage in STAGES for variant in getattr(config, stage).variants):
-            if not arguments.dry_run:
-                own(run_dir / name)  # Snakemake deletes the outputs of what it runs again
+    except filelock.Timeout:
+        fail(f"another `make run` is using {config.run_dir}; wait for it or stop it")
     except OSError as error:
-        if isinstance(error, filelock.Timeout):
-            fail(f"another `make run` is using {config.run_dir}; wait for it or stop it")
         fail(f"can not write to the run folder {config.run_dir}: {error.strerror}")
-    environment = dict(os.environ)
+    try:
+        yield run_dir
+    finally:
+        lock.release()
+
+
+def make_ready(arguments: argparse.Namespace, config: RunConfig, run_dir: Path) -> None:
+    """Take away what would mislead the stages of this call: links to other runs, errors of an earlier call."""
     if arguments.profile:
-        wait_for_jobs(job_prefix(config))
-    else:  # jobs on other machines do not see this process
+        cluster.wait_for_jobs(cluster.job_prefix(config))
+    for folder in (run_dir / name for name in planned(config)):
+        own(folder)  # Snakemake deletes the outputs of what it runs again
+        if arguments.profile and not (folder / MANIFEST).is_file():
+            (folder / EXECUTED).unlink(missing_ok=True)
+
+
+def run_snakemake(arguments: argparse.Namespace, config: RunConfig) -> int:
+    """Snakemake's exit code. What ends this call early (Ctrl-C, SIGTERM) ends every stage, jobs on a cluster too."""
+    environment = dict(os.environ)
+    if not arguments.profile:  # jobs on other machines do not see this process
         environment[RUNNER_PID] = str(os.getpid())
     process = subprocess.Popen(
         snakemake_command(arguments, config), start_new_session=True, env=environment, preexec_fn=launch.die_with_parent
     )
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        code = process.wait()
+        return process.wait()
     except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
+        # Told to end, Snakemake would wait for jobs on a cluster. Local stages end with its group or this process.
+        os.killpg(process.pid, signal.SIGKILL if arguments.profile else signal.SIGTERM)
         process.wait()
+        if arguments.profile:
+            cluster.cancel_jobs(cluster.job_prefix(config))
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Every stage of a config through Snakemake, then where to look. Exit code 1 when a stage failed."""
+    config = load_config(arguments.config, data_root=arguments.data_root)
+    check_names(config)
+    if arguments.profile:
+        cluster.check_launchers(config)
+    with run_lock(config) as run_dir:
+        if not arguments.dry_run:
+            make_ready(arguments, config, run_dir)
+        code = run_snakemake(arguments, config)
     if code:
         fail(f"run {config.name} did not finish; what is done is kept, and the same command goes on from there")
     if not arguments.dry_run:
@@ -353,15 +359,15 @@ def run_all(arguments: argparse.Namespace) -> None:
 def verify_run(arguments: argparse.Namespace) -> None:
     """Name the stages whose artifacts are damaged (exit code 1); with --rebuild run them again from nothing."""
     config = load_config(arguments.config, data_root=arguments.data_root)
-    run_dir = project_root() / config.run_dir
-    damaged = damages(run_dir)
-    for name, why in damaged.items():
-        print(f"{name}: {why}")
+    with run_lock(config) as run_dir:
+        damaged = damages(run_dir, planned(config))
+        for name, why in damaged.items():
+            print(f"{name}: {why}")
+            if arguments.rebuild:
+                shutil.rmtree(run_dir / name)
     if not damaged:
         print(f"every artifact in {config.run_dir} is as its manifest says")
     elif arguments.rebuild:
-        for name in damaged:
-            shutil.rmtree(run_dir / name)
         run_all(arguments)
     else:
         how_many = "1 stage is" if len(damaged) == 1 else f"{len(damaged)} stages are"
@@ -484,7 +490,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     stage.add_argument("--stage", required=True)
     stage.add_argument("--variant", required=True)
     stage.add_argument(
-        "--attempt", type=int, default=1, help="of one run at this stage; from the second on, see docs/cluster.md"
+        "--attempt", type=int, default=1, help="from 2 on: end at once where the one before failed for good"
     )
     stage.set_defaults(action=run_stage)
     scan = commands.add_parser("scan", help="one shard of a curation's scan, as a job of a cluster")
@@ -518,6 +524,9 @@ def main(argv: list[str] | None = None) -> None:
         arguments.action(arguments)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped; what is done is kept, and the same command goes on from there", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 if __name__ == "__main__":

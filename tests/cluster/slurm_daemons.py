@@ -44,7 +44,12 @@ def missing() -> str:
     if os.geteuid() != 0:
         return "Slurm's daemons need root"
     absent = [name for name in PROGRAMS if not shutil.which(name)]
-    return f"a Slurm needs {', '.join(absent)} (Debian: slurm-wlm munge)" if absent else ""
+    if absent:
+        return f"a Slurm needs {', '.join(absent)} (Debian: slurm-wlm munge)"
+    tried = subprocess.run(
+        ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/run"], capture_output=True, text=True
+    )
+    return f"a Slurm's settings need a mount: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 @contextlib.contextmanager

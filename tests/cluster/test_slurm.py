@@ -1,5 +1,6 @@
 """The pipeline and its training as jobs of a real Slurm, through losses of a job and of the node."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -92,6 +93,16 @@ def manifests(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("*/*/manifest.json"))}
 
 
+@pytest.fixture
+def project(project: Path) -> Path:
+    """A project folder whose profile asks for finished jobs more often."""
+    profile = project / "configs/slurm/config.yaml"
+    text = profile.read_text()
+    assert "checks: 60 " in text
+    profile.write_text(text.replace("checks: 60 ", "checks: 10 "))
+    return project
+
+
 def running(there: Sequence[str], comment: str) -> list[str]:
     """Ids of the running jobs with this comment, which Snakemake makes of a rule and its variant."""
     lines = told(there, "squeue", "--noheader", "--states=RUNNING", "--format=%i %k").splitlines()
@@ -99,7 +110,7 @@ def running(there: Sequence[str], comment: str) -> list[str]:
 
 
 def test_the_pipeline_leaves_the_local_manifests_though_jobs_and_nodes_are_lost(node, project):
-    """A training is cancelled half-way, the runner is killed and called again, the node goes down and comes back."""
+    """A training is cancelled half-way, Ctrl-C, the runner is killed and called again, the node goes and comes back."""
     name, there = node
     local, remote = (write_config(project, name, **SECTIONS) for name in ("local", "remote"))
     finish(*start([], project, local))
@@ -111,6 +122,12 @@ def test_the_pipeline_leaves_the_local_manifests_though_jobs_and_nodes_are_lost(
     told(there, "scancel", cancelled)
     (again,) = until(lambda: running(there, training))
     assert again != cancelled
+    first.send_signal(signal.SIGINT)
+    assert "stopped; what is done is kept" in finish(first, log, code=130)
+    assert not told(there, "squeue", "--noheader", "--states=RUNNING,PENDING")
+
+    first, log = start(there, project, remote, *PROFILE)
+    until(lambda: running(there, training))
     first.kill()
     first.wait()
 
@@ -139,7 +156,7 @@ def test_what_a_notebook_fails_at_is_not_tried_again(node, project):
     jobs = told(node[1], "squeue", "--states=all", "--noheader", "--format=%k %T").splitlines()
     assert jobs.count("rule_curation_wildcards_math FAILED") == 3
     said = (project / "papermill_runs/fails/curation/math/run.log").read_text()
-    assert "curation/math failed before in this run and is not tried again" in said
+    assert "curation/math failed and is not tried again in this run:\n  ValueError: no such row" in said
     assert "cell 1 of" not in said
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from tinyr1_utils.artifacts import LOG
+from tinyr1_utils.artifacts import LOG, damages
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_endpoints import Handler, Server
@@ -138,11 +138,10 @@ def files(project: Path) -> set[str]:
 
 def processes(project: Path) -> list[psutil.Process]:
     """All that works in the project's folder or was told its place, this process and its tests left out."""
-    found = []
+    found, place = [], f"{project.resolve()}/"
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            place = str(project)
-            if process.cwd().startswith(place) or any(place in word for word in process.cmdline()):
+            if f"{process.cwd()}/".startswith(place) or any(place in word for word in process.cmdline()):
                 found.append(process)
     return [process for process in found if process.pid not in {psutil.Process().pid, psutil.Process().ppid()}]
 
@@ -231,27 +230,35 @@ def hit(victim: Callable[[psutil.Process], bool], number: signal.Signals) -> Cal
                     scene.pick.choice(victims).send_signal(number)
                     return moment, process.wait(180)
             time.sleep(0.02)
+        assert process.returncode == 0, f"it failed unhurt: {said(scene)[-500:]}"
         return None
 
     return hurt
 
 
 @contextlib.contextmanager
+def mounted(arguments: list[str | Path]) -> Iterator[None]:
+    """Something mounted, its last argument the place; gone afterwards, whoever still uses it."""
+    subprocess.run(["mount", *arguments], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", arguments[-1]], check=True)
+
+
+@contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[None]:
     """A folder whose disk has this size in bytes, its files kept."""
     kept = folder.with_name("kept")
-    folder.rename(kept)
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
-    try:
+    shutil.copytree(folder, kept, symlinks=True)
+    with mounted(["-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]):
         shutil.copytree(kept, folder, symlinks=True, dirs_exist_ok=True)
-        yield
-    finally:
         shutil.rmtree(kept)
+        yield
+        await_end(folder, 30)  # a kernel that ends takes its files along
         shutil.copytree(folder, kept, symlinks=True)
-        subprocess.run(["umount", folder], check=True)
-        folder.rmdir()
-        kept.rename(folder)
+    shutil.rmtree(folder)
+    kept.rename(folder)
 
 
 def size_of(folder: Path) -> int:
@@ -276,12 +283,9 @@ def full_disk(scene: Scene) -> Hurt:
 def read_only(scene: Scene) -> Hurt:
     """The run folder can be read only."""
     run, begun = scene.project / RUN, time.monotonic()
-    subprocess.run(["mount", "--bind", run, run], check=True)
-    try:
+    with mounted(["--bind", run, run]):
         subprocess.run(["mount", "-o", "remount,bind,ro", run], check=True)
         code = start(scene).wait(600)
-    finally:
-        subprocess.run(["umount", run], check=True)
     assert "can not write to" in said(scene), said(scene)[-500:]
     return time.monotonic() - begun, code
 
@@ -294,7 +298,7 @@ NEXT = {
 
 def spoil(path: Path, pick: random.Random) -> None:
     """Flip one bit of a file, or cut its end off."""
-    content = bytearray(path.read_bytes())
+    content = bytearray(path.read_bytes()) or bytearray(b" ")
     at = pick.randrange(len(content))
     if pick.random() < 0.5:
         content[at] ^= 1 << pick.randrange(8)
@@ -334,8 +338,6 @@ def second_call(scene: Scene) -> Hurt:
 
 def clock(scene: Scene) -> Hurt:
     """The clock jumps by up to two days, ahead or back, at a random moment; then the call is killed."""
-    if not FAKETIME:
-        raise FileNotFoundError("no libfaketime (Debian: faketime)")
     told = scene.project / "clock"
     told.write_text("+0")
     faked = {"LD_PRELOAD": FAKETIME, "FAKETIME_TIMESTAMP_FILE": str(told), "FAKETIME_NO_CACHE": "1"}
@@ -347,6 +349,7 @@ def clock(scene: Scene) -> Hurt:
     while process.poll() is None and time.monotonic() - begun < death:
         time.sleep(0.02)
     if process.poll() is not None:
+        assert process.returncode == 0, f"it failed unhurt: {said(scene)[-500:]}"
         return None
     os.killpg(process.pid, signal.SIGKILL)
     return time.monotonic() - begun, process.wait()
@@ -363,6 +366,8 @@ def dropped_network(scene: Scene) -> Hurt:
             time.sleep(0.02)
     finally:
         scene.endpoint.down = False
+    if time.monotonic() - begun < moment:
+        return None
     if process.returncode:
         assert "finished completions are kept" in said(scene), said(scene)[-500:]
     return moment, process.returncode
@@ -405,10 +410,8 @@ FAULTS = {
 }
 
 
-def judge(project: Path, undisturbed: Path, again: subprocess.CompletedProcess[str]) -> str:
-    """What the second call has lost against an undisturbed run; empty: nothing."""
-    if again.returncode:
-        return "the second call failed: " + (again.stdout + again.stderr).strip().replace("\n", " ")[-300:]
+def judge(project: Path, undisturbed: Path) -> str:
+    """What a call that ended well has lost against an undisturbed run; empty: nothing."""
     if left := await_end(project):
         return f"left processes: {left}"
     ours, theirs = manifests(project), manifests(undisturbed)
@@ -416,7 +419,7 @@ def judge(project: Path, undisturbed: Path, again: subprocess.CompletedProcess[s
         return f"manifests differ: {sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))}"
     if extra := files(project) ^ files(undisturbed):
         return f"files differ: {sorted(extra)[:5]}"
-    return ""
+    return "; ".join(damages(project / RUN, [name.removesuffix("/manifest.json") for name in ours]).values())
 
 
 @contextlib.contextmanager
@@ -448,7 +451,7 @@ def run_undisturbed(folder: Path) -> Undisturbed:
             begun = time.monotonic()
             done = call(copy, one_stage(stage))
             seconds[stage] = time.monotonic() - begun
-            if lost := judge(copy, project, done):
+            if lost := done.stderr if done.returncode else judge(copy, project):
                 raise RuntimeError(f"{stage} called twice does not repeat itself: {lost}")
     return project, seconds, endpoint
 
@@ -462,8 +465,12 @@ def judged(fault: Fault, scene: Scene) -> tuple[Hurt, str]:
             return None, ""
         if left := await_end(scene.project):
             return found, f"left processes: {left}"
+        if found[1] == 0 and (lost := judge(scene.project, scene.undisturbed)):
+            return found, f"it said that all is well: {lost}"
         again = call(scene.project, command(*fault.again) if fault.again else scene.words)
-        return found, judge(scene.project, scene.undisturbed, again)
+        if again.returncode:
+            return found, f"the second call failed: {(again.stdout + again.stderr)[-300:]}".replace("\n", " ")
+        return found, judge(scene.project, scene.undisturbed)
     except AssertionError as error:
         return found, str(error).replace("\n", " ")
     except subprocess.TimeoutExpired as error:
@@ -510,8 +517,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     chosen = arguments.faults.split(",") if arguments.faults else list(FAULTS)
+    if "clock jumps" in chosen and not FAKETIME:
+        sys.exit("no libfaketime (Debian: faketime): the clock can not jump")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, by children too
     done: list[Trial] = []
-    run = run_undisturbed(arguments.folder)
+    run = run_undisturbed(arguments.folder.resolve())
     print({stage: round(value, 1) for stage, value in run[1].items()}, flush=True)
     for fault in chosen:
         stages, seed, count = FAULTS[fault].stages, arguments.seed, 0

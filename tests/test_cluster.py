@@ -1,0 +1,103 @@
+"""What jobs ask of Slurm, by the plugin that submits them, and how a run finds its own (tests/cluster: a real one)."""
+
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+from snakemake_executor_plugin_slurm.submit_string import get_submit_command
+from snakemake_executor_plugin_slurm.utils import set_gres_string
+
+from tinyr1_utils import cluster
+from tinyr1_utils.config import Resources, load_config
+
+
+class Asked(dict):
+    """Resources as Snakemake hands them to its plugins: by key and by attribute."""
+
+    __getattr__ = dict.get
+
+
+def submitted(asked: Resources) -> str:
+    """The sbatch line of a job with these resources."""
+    job = SimpleNamespace(resources=Asked(cluster.job_resources(asked)), threads=asked.cores)
+    named = dict.fromkeys(("run_uuid", "slurm_logfile", "comment_str", "workdir"), "x") | {
+        "account": "",
+        "partition": "",
+    }
+    return get_submit_command(job, named) + set_gres_string(job)
+
+
+def options(line: str) -> dict[str, str]:
+    return dict(
+        re.findall(
+            r"--(nodes|ntasks|ntasks-per-gpu|cpus-per-task|gres|gpus|mem|t)[ =](\S+)", line.replace(" -t ", " --t ")
+        )
+    )
+
+
+def test_a_training_over_four_nodes_asks_for_eight_gpus_and_one_task_on_each():
+    asked = load_config("configs/tinyr1-32b.yaml").stage_resources("sft")
+    assert options(submitted(asked)) == {
+        "nodes": "4", "ntasks": "4", "cpus-per-task": "64", "gres": "gpu:8", "mem": str(1024 * 1024), "t": "1440"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("gpus", "more"), [(0, {"ntasks": "1"}), (1, {"gres": "gpu:1"})])
+def test_a_stage_of_one_node(gpus, more):
+    found = options(submitted(Resources(cores=3, gpus=gpus, memory_gib=2, minutes=7)))
+    assert found == {"nodes": "1", "cpus-per-task": "3", "mem": "2048", "t": "7"} | more
+
+
+def test_a_hostfile_is_refused_before_anything_is_submitted():
+    with pytest.raises(
+        ValueError, match=r"sft\.variants\.math: a job of a cluster has its own nodes: set launcher: srun"
+    ):
+        cluster.check_launchers(load_config("configs/tinyr1-32b.yaml"))
+    cluster.check_launchers(load_config("configs/micro.yaml"))
+
+
+@pytest.fixture
+def squeue(tmp_path, monkeypatch):
+    """A squeue that prints what it is told, a program like the real one."""
+
+    def say(text: str, code: int = 0) -> None:
+        program = tmp_path / "squeue"
+        program.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {code}\n")
+        program.chmod(0o755)
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return say
+
+
+def test_a_run_finds_its_own_jobs_alone(squeue, monkeypatch, tmp_path):
+    micro, ablation = (load_config(f"configs/{name}.yaml") for name in ("micro", "micro-ablation"))
+    prefix, others = cluster.job_prefix(micro), cluster.job_prefix(ablation)
+    assert re.fullmatch(r"[A-Za-z0-9_-]{1,50}", prefix)  # what the plugin takes
+    squeue(f"7 {prefix}_0a1b\n8 {others}_0a1b\n9 \n10 my own job\n11 {prefix}_2c3d")
+    assert (cluster.jobs(prefix), cluster.jobs(others)) == (["7", "11"], ["8"])
+    (tmp_path / "pyproject.toml").write_text((REPOSITORY / "pyproject.toml").read_text())
+    monkeypatch.chdir(tmp_path)  # another checkout
+    assert cluster.job_prefix(micro) != prefix
+
+
+def test_a_silent_slurm_is_not_taken_for_an_empty_one(squeue, monkeypatch):
+    monkeypatch.setattr(cluster, "RETRY_S", 0.01)
+    squeue("", code=1)
+    with pytest.raises(ValueError, match="squeue does not say which jobs of this run there are"):
+        cluster.wait_for_jobs("tinyr1-x")
+
+
+def test_the_profile_is_one_that_snakemake_reads(project, monkeypatch, squeue):
+    profile = yaml.safe_load((project / "configs/slurm/config.yaml").read_text())
+    seconds = profile["slurm-init-seconds-before-status-checks"]
+    assert 3 * seconds >= 180, "between two checks pass up to 180 s, for which squeue has to remember a job"
+    squeue("", code=1)  # a dry run asks Slurm for nothing
+    command = [sys.executable, "-m", "tinyr1_utils.stage_runner", "all", "--config", "configs/micro.yaml"]
+    options = ["--profile", "configs/slurm", "--dry-run"]
+    done = subprocess.run([*command, *options], cwd=project, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^sft +4$", done.stdout, re.MULTILINE)

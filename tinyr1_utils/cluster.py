@@ -1,0 +1,79 @@
+"""Owns a run's jobs on a cluster: what each asks for, how they are named, found again and cancelled. Submits none."""
+
+import hashlib
+import re
+import shutil
+import subprocess
+import time
+
+from tinyr1_utils.config import Resources, RunConfig, project_root, stage_parameters
+
+RETRY_S, RETRIES = 5.0, 24  # of asking Slurm
+
+
+def job_resources(asked: Resources) -> dict[str, int | str]:
+    """A job's resources by the names of Snakemake's Slurm executor; its threads are the cores.
+
+    A job of several nodes starts its workers itself (launcher `srun`), by one task for each node. On one machine stages
+    that want a GPU run one after the other (`gpu_stage`), since nothing there tells them which one to take.
+    """
+    resources = {"nodes": asked.nodes, "mem_mb": asked.memory_gib * 1024, "runtime": asked.minutes}
+    if asked.gpus:
+        resources |= {"gres": f"gpu:{asked.gpus}", "gpu_stage": 1}
+    if asked.nodes > 1:
+        resources |= {"mpi": "srun", "tasks": asked.nodes, "tasks_per_gpu": 0}
+    return resources
+
+
+def check_launchers(config: RunConfig) -> None:
+    """ValueError for a training that would start workers by ssh, outside of its job."""
+    for variant in config.sft.variants:
+        if stage_parameters(config, "sft", variant).hostfile:
+            raise ValueError(
+                f"sft.variants.{variant}: a job of a cluster has its own nodes: set launcher: srun, num_nodes to "
+                "resources.sft.nodes, and hostfile: ''"
+            )
+
+
+def job_prefix(config: RunConfig) -> str:
+    """What the names of a run's jobs begin with; another checkout's run of this name has another."""
+    digest = hashlib.sha256(str(project_root() / config.run_dir).encode()).hexdigest()[:8]
+    return f"tinyr1-{re.sub('[^a-z0-9-]', '-', config.name)[:30]}-{digest}"
+
+
+def jobs(prefix: str) -> list[str]:
+    """Ids of the run's jobs that Slurm still has to run or is running; none where there is no Slurm.
+
+    ValueError where it does not answer for two minutes.
+    """
+    if not shutil.which("squeue"):
+        return []
+    asked = ["squeue", "--me", "--noheader", "--format=%i %j"]
+    for _ in range(RETRIES):
+        listed = subprocess.run(asked, capture_output=True, text=True)
+        if listed.returncode == 0:
+            break
+        time.sleep(RETRY_S)
+    else:
+        raise ValueError(f"squeue does not say which jobs of this run there are: {listed.stderr.strip()[-300:]}")
+    named = [line.split(" ", 1) for line in listed.stdout.splitlines()]
+    return [number for number, name in named if name.startswith(f"{prefix}_")]
+
+
+def wait_for_jobs(prefix: str) -> None:
+    """Wait for the jobs of an earlier call, which may have died: two jobs of one stage are one too many."""
+    told = False
+    while left := jobs(prefix):
+        if not told:
+            print(
+                f"waiting for this run's jobs of an earlier call: {', '.join(left)} (`scancel` ends them)", flush=True
+            )
+        told = True
+        time.sleep(RETRY_S)
+
+
+def cancel_jobs(prefix: str) -> None:
+    """Cancel every job of the run. Snakemake, told to end, waits for its jobs instead."""
+    if left := jobs(prefix):
+        subprocess.run(["scancel", *left])
+        print(f"cancelled {', '.join(left)}", flush=True)
