@@ -257,7 +257,7 @@ def test_only_what_a_notebook_failed_at_for_good_is_not_repeated(project, monkey
     with pytest.raises(SystemExit):
         refuse_repetition(parameters)
     told = one_sentence(capsys.readouterr().err)
-    assert told == "sft/math failed and is not tried again in this run:\n  RuntimeError: no such row"
+    assert told.strip() == "ERROR  sft/math failed and is not tried again in this run: RuntimeError: no such row"
 
 
 def failing_job(program: str) -> str:
@@ -267,14 +267,19 @@ def failing_job(program: str) -> str:
     return str(raised.value)
 
 
+HOLDER = """
+import filelock, sys, time
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire()
+print(flush=True)
+time.sleep(60)
+"""
+
+
 def locked_stage() -> str:
     """What a stage says whose lock another process holds."""
     with tempfile.TemporaryDirectory() as folder:
-        holder = [
-            sys.executable,
-            "-c",
-            "import filelock, sys, time; filelock.FileLock(sys.argv[1]).acquire(); print(flush=True); time.sleep(60)",
-        ]
+        holder = [sys.executable, "-c", HOLDER]
         process = subprocess.Popen([*holder, f"{folder}/.lock"], stdout=subprocess.PIPE)
         process.stdout.readline()
         with pytest.raises(RuntimeError) as raised:

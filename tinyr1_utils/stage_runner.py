@@ -116,7 +116,7 @@ def refuse_repetition(parameters: StageParameters) -> None:
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     for error in (f"{one.ename}: {one.evalue}" for one in outputs if one.output_type == "error"):
         if launch.AGAIN not in error:
-            fail(f"{parameters.stage}/{parameters.variant} failed and is not tried again in this run:\n  {error}")
+            fail(f"{parameters.stage}/{parameters.variant} failed and is not tried again in this run: {error}")
 
 
 def make_room(label: str, executed: Path) -> None:

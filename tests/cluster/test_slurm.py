@@ -156,7 +156,7 @@ def test_what_a_notebook_fails_at_is_not_tried_again(node, project):
     jobs = told(node[1], "squeue", "--states=all", "--noheader", "--format=%k %T").splitlines()
     assert jobs.count("rule_curation_wildcards_math FAILED") == 3
     said = (project / "papermill_runs/fails/curation/math/run.log").read_text()
-    assert "curation/math failed and is not tried again in this run:\n  ValueError: no such row" in said
+    assert "curation/math failed and is not tried again in this run: ValueError: no such row" in said
     assert "cell 1 of" not in said
 
 
