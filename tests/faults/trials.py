@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
@@ -439,14 +439,17 @@ def trial_project(undisturbed: Path, stage: str, whole_run: bool, place: Path) -
 Undisturbed = tuple[Path, dict[str, float], Endpoint]
 
 
-def run_undisturbed(folder: Path) -> Undisturbed:
-    """The project after an undisturbed run, the seconds that each stage takes when it is called alone, its endpoint."""
+def run_undisturbed(folder: Path, stages: Sequence[str] = (*STAGES, ENDPOINT)) -> Undisturbed:
+    """The project after an undisturbed run, the seconds that each stage takes when it is called alone, its endpoint.
+
+    RuntimeError where a stage that is called again does not leave the same.
+    """
     endpoint = Endpoint()
     project, seconds = make_project(folder, endpoint.url), {}
     done = call(project, command("all"))
     if done.returncode:
         raise RuntimeError(f"the undisturbed run failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    for stage in (*STAGES, ENDPOINT):
+    for stage in stages:
         with trial_project(project, stage, False, folder / "timed") as copy:
             begun = time.monotonic()
             done = call(copy, one_stage(stage))
