@@ -7,7 +7,7 @@ import sys
 
 from tinyr1_utils.artifacts import LOG
 from tinyr1_utils.cluster import job_resources
-from tinyr1_utils.config import STAGES, load_config, stage_parameters, upstream
+from tinyr1_utils.config import STAGES, load_config, planned, stage_parameters, upstream
 
 CONFIG = config.get("run_config") or "configs/micro.yaml"
 DATA_ROOT = config.get("data_root") or ""
@@ -36,9 +36,10 @@ def facts_of(stage):
 PRIORITY = {"curation": 4, "sft": 3, "merge": 2, "stress": 1}
 
 
+# Every manifest, not the last ones alone: of what lies behind those Snakemake would not miss a stage that was deleted.
 rule all:
     input:
-        manifests(f"analysis/{variant}" for variant in RUN.analysis.variants),
+        manifests(planned(RUN)),
 
 
 for STAGE, parameters in STAGES.items():

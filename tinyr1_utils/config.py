@@ -578,15 +578,14 @@ def load_config(path: str | Path, *, data_root: str = "", name: str = "") -> Run
         raise ValueError(f"{path} must be a mapping of keys to values; see configs/micro.yaml")
     overrides = {key: value for key, value in (("data_root", data_root), ("name", name)) if value}
     config = validated(RunConfig, {**values, **overrides}, str(path))
-    planned = {f"{stage}/{variant}" for stage in STAGES for variant in getattr(config, stage).variants}
-    for stage in STAGES:
-        for variant in getattr(config, stage).variants:
-            for needed in stage_parameters(config, stage, variant, str(path)).upstream():
-                if needed not in planned:
-                    raise ValueError(
-                        f"{path}: {stage}.variants.{variant} needs {needed}, which the config does not plan"
-                        f"{nearest(needed, planned)}"
-                    )
+    names_of_all = planned(config)
+    for stage, variant in (name.split("/", 1) for name in names_of_all):
+        for needed in stage_parameters(config, stage, variant, str(path)).upstream():
+            if needed not in names_of_all:
+                raise ValueError(
+                    f"{path}: {stage}.variants.{variant} needs {needed}, which the config does not plan"
+                    f"{nearest(needed, names_of_all)}"
+                )
     return config
 
 
@@ -608,6 +607,11 @@ def stage_parameters(config: RunConfig, stage: str, variant: str, where: str = "
         raise ValueError(f"{where}: {key} is not set here: a stage lies where the run's and the variant's name say")
     values = place | {k: v for k, v in run_wide.items() if k in fields} | own
     return validated(STAGES[stage], values, where)
+
+
+def planned(config: RunConfig) -> list[str]:
+    """Every `stage/variant` of a config, in the order of the stages."""
+    return [f"{stage}/{variant}" for stage in STAGES for variant in getattr(config, stage).variants]
 
 
 def upstream(config: RunConfig, stage: str, variant: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from tinyr1_utils.backbones import PACKAGED, resolve_backbone
-from tinyr1_utils.config import STAGES, RunConfig, SftParameters, from_root, load_config, names, stage_parameters
+from tinyr1_utils.config import RunConfig, SftParameters, from_root, load_config, names, planned, stage_parameters
 from tinyr1_utils.training_memory import GIB, Shape, moments, peak_gib, trained_parameters
 
 MEAN_SAMPLE_TOKENS = 5000.0  # assumed before curation: traces of DeepSeek-R1, those over 16k left out
@@ -265,17 +265,17 @@ def expected_samples(config: RunConfig, parameters: SftParameters) -> int:
     return sum(one.expected_rows for one in curated if one.domain in names(parameters.domains))
 
 
-def jobs_frame(config: RunConfig, planned: Mapping[str, Plan], price: float) -> pd.DataFrame:
+def jobs_frame(config: RunConfig, plans: Mapping[str, Plan], price: float) -> pd.DataFrame:
     """Every job of a run as `make run` submits it, in an order that it could take: what it asks for, hours and cost.
 
-    Hours of a training are its plan's (`planned`, by variant); of any other job the config's limit, so at most these.
+    Hours of a training are its plan's (`plans`, by variant); of any other job the config's limit, so at most these.
     Columns job, nodes, GPUs of all nodes, rows_per_step, steps_per_epoch, hours, GPU_hours, cost in the price's
     currency; the last row is the sum.
     """
-    rows, jobs = [], [(stage, variant) for stage in STAGES for variant in getattr(config, stage).variants]
-    for stage, variant in jobs:
+    rows = []
+    for stage, variant in (name.split("/", 1) for name in planned(config)):
         asked, parameters = config.stage_resources(stage), stage_parameters(config, stage, variant)
-        found = planned.get(variant) if isinstance(parameters, SftParameters) else None
+        found = plans.get(variant) if isinstance(parameters, SftParameters) else None
         gpus = asked.nodes * asked.gpus
         hours = found.gpu_hours / found.processes if found else asked.minutes / 60
         rows.append({
@@ -289,7 +289,7 @@ def jobs_frame(config: RunConfig, planned: Mapping[str, Plan], price: float) -> 
     return pd.concat([frame, pd.DataFrame([total])], ignore_index=True)
 
 
-def jobs_table(config: RunConfig, planned: Mapping[str, Plan], price: float) -> str:
+def jobs_table(config: RunConfig, plans: Mapping[str, Plan], price: float) -> str:
     """`jobs_frame` as Markdown; `≤` before what is a limit and no plan, `–` where a job has none of it."""
 
     def cell(value: object, limit: bool) -> str:
@@ -297,7 +297,7 @@ def jobs_table(config: RunConfig, planned: Mapping[str, Plan], price: float) -> 
             return str(value)
         return "–" if math.isnan(value) else f"{'≤ ' if limit and value else ''}{value:,.1f}".removesuffix(".0")
 
-    frame = jobs_frame(config, planned, price)
+    frame = jobs_frame(config, plans, price)
     shown = frame.astype(object).apply(
         lambda row: [cell(row[c], row["at_most"] and c in ("hours", "GPU_hours", "cost")) for c in frame], axis=1
     )
@@ -316,7 +316,7 @@ def main() -> None:
     )
     parser.add_argument("--price", type=float, default=2.0, help="of a GPU hour, an example: put in your own")
     parser.add_argument("--mean-sample-tokens", type=float, default=MEAN_SAMPLE_TOKENS, help="assumed before curation")
-    arguments, refused, planned = vars(parser.parse_args()), False, {}
+    arguments, refused, plans = vars(parser.parse_args()), False, {}
     price = arguments.pop("price")
     try:
         config = load_config(arguments.pop("config"))
@@ -328,14 +328,14 @@ def main() -> None:
         parameters = stage_parameters(config, "sft", variant)
         print(f"\n### sft/{variant}: {parameters.backbone}\n")
         try:
-            planned[variant] = plan(parameters, shape, samples=expected_samples(config, parameters), **arguments)
+            plans[variant] = plan(parameters, shape, samples=expected_samples(config, parameters), **arguments)
         except ValueError as error:
             print(error)
             refused = True
             continue
-        for frame in (plan_frame(planned[variant]), summary_frame(planned[variant])):
+        for frame in (plan_frame(plans[variant]), summary_frame(plans[variant])):
             print(frame.to_markdown(index=False, disable_numparse=True) + "\n")
-    print(f"\n### Jobs, at {price:.2f} a GPU hour\n\n{jobs_table(config, planned, price)}")
+    print(f"\n### Jobs, at {price:.2f} a GPU hour\n\n{jobs_table(config, plans, price)}")
     sys.exit(int(refused))
 
 

@@ -25,7 +25,6 @@ import filelock
 from tinyr1_utils import cluster, executed_pages, launch
 from tinyr1_utils.artifacts import EXECUTED, MANIFEST, damages, own
 from tinyr1_utils.config import (
-    STAGES,
     GenerationParameters,
     RunConfig,
     StageParameters,
@@ -33,6 +32,7 @@ from tinyr1_utils.config import (
     load_config,
     names,
     nearest,
+    planned,
     project_root,
     stage_parameters,
 )
@@ -283,11 +283,6 @@ def _check_stress(where: str, parameters: StressParameters) -> None:
             raise ValueError(f"{where}: change {change.label!r} needs paraphraser_url, an OpenAI-compatible endpoint")
     if kind != "choice" and set(names(parameters.scorings)) != {"generated"}:
         raise ValueError(f"{where}: {benchmark} has no options to score: scorings is generated there")
-
-
-def planned(config: RunConfig) -> list[str]:
-    """Every `stage/variant` of a config, in the order of the stages."""
-    return [f"{stage}/{variant}" for stage in STAGES for variant in getattr(config, stage).variants]
 
 
 @contextlib.contextmanager
