@@ -4,11 +4,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 import slurm_daemons
 import test_sft
@@ -94,13 +95,17 @@ def manifests(run: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def project(project: Path) -> Path:
+def project(project: Path) -> Iterator[Path]:
     """A project folder whose profile asks for finished jobs more often."""
     profile = project / "configs/slurm/config.yaml"
     text = profile.read_text()
     assert "checks: 60 " in text
     profile.write_text(text.replace("checks: 60 ", "checks: 10 "))
-    return project
+    yield project
+    # Of a cancelled job proctrack/linuxproc, other than a cgroup, misses what its batch script has left to init.
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(project) in word for word in process.info["cmdline"] or ()):
+            process.kill()
 
 
 def running(there: Sequence[str], comment: str) -> list[str]:
