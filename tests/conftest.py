@@ -11,18 +11,28 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch) -> Path:
+def make_project(root: Path) -> Path:
     """A project root with this repository's notebooks, configs, Snakefile and micro backbone, and no results."""
-    root = tmp_path / "project"
-    root.mkdir()
+    root.mkdir(parents=True)
     for name in ("pyproject.toml", "Snakefile"):
         shutil.copyfile(REPOSITORY / name, root / name)
     for name in ("notebooks", "configs"):
         shutil.copytree(REPOSITORY / name, root / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (root / "models").symlink_to(REPOSITORY / "models")
+    return root
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """`make_project` in a temporary folder, which is the working directory."""
+    root = make_project(tmp_path / "project")
     monkeypatch.chdir(root)
     return root
+
+
+def manifests(run: Path) -> dict[str, bytes]:
+    """The bytes of every manifest in a run's folder, by its place there."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("*/*/manifest.json"))}
 
 
 def write_config(root: Path, name: str, **changes: dict) -> Path:

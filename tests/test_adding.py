@@ -129,7 +129,7 @@ print(table[["benchmark", "domain", "n_problems", "n_samples"]].to_json(orient="
 """
 CHECK = """
 from tinyr1_utils.config import load_config
-from tinyr1_utils.stage_runner import check_names
+from tinyr1_utils.preflight import check_names
 check_names(load_config("configs/{name}.yaml"))
 """
 

@@ -102,6 +102,7 @@ FLOORS = {
         "executed_pages",
         "report",
         "publishing",
+        "preflight",
         "stage_runner",
     ),
 }
@@ -177,6 +178,7 @@ SIBLINGS = {
     ("stage_runner", "executed_pages"): "an executed copy gets its page at once",
     ("stage_runner", "figures"): "`make figures` redraws the published figures",
     ("stage_runner", "publishing"): "`make publish` copies a finished run's results",
+    ("stage_runner", "preflight"): "a config is checked before anything of it runs",
     ("publishing", "executed_pages"): "what is published is the copy of the run that made the results",
 }
 

@@ -391,6 +391,8 @@ def test_while_a_shard_draws_neither_another_job_nor_the_stage_takes_its_place(t
         with opened(tmp_path) as stage:
             with pytest.raises(RuntimeError, match="/1-of-2; wait for it or stop it"):
                 take_up(stage)
+            beside = subprocess.run([*command], env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+            assert f"another process is running this stage in {stage.folder}" in beside.stderr
             assert not stage.path(NAME).exists()
     finally:
         job.send_signal(signal.SIGKILL)

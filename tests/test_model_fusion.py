@@ -192,6 +192,7 @@ def _quantized(folder: Path) -> None:
     [
         (lambda f: _weightless(f, "adapter_config.json"), "LoRA adapter alone: merge it into its backbone"),
         (lambda f: _weightless(f, "pytorch_model.bin"), "pytorch_model.bin is not read: convert it to safetensors"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "holds weights and an adapter: merge it with peft's"),
         (_quantized, "is quantized .* give the unquantized model"),
         (shutil.rmtree, "no model folder"),
     ],

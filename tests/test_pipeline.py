@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import REPOSITORY, finish, run_stage, write_config
+from conftest import REPOSITORY, finish, manifests, run_stage, write_config
 from nbclient import NotebookClient
 
 from tinyr1_utils.config import load_config, stage_parameters
@@ -26,17 +26,16 @@ SMALL = {"limit": 6, "n_samples": 2, "chunk_size": 6, "max_new_tokens": 48}
 MERGE = {"linear": {"recipe": "linear"}, "exact": {"recipe": "arcee_fusion"}}
 MODELS = {"backbone": "backbone", **{variant: f"merge/{variant}" for variant in MERGE}}
 NUMBERS = {"benchmark": "micro-math", "changes": "four_way,true_false,yes_no", "scorings": "generated"}
+RUNS = Path("papermill_runs")  # of the project that is the working directory
+TWO_BENCHMARKS = {
+    "shared": SMALL | {"benchmarks": "micro-math,micro-code"}, "variants": {"backbone": {"model": "backbone"}}
+}  # fmt: skip
 EVALUATION = {"shared": SMALL, "variants": {variant: {"model": model} for variant, model in MODELS.items()}}
 
 
 def run_all(root: Path, config: Path, *options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tinyr1_utils.stage_runner", "all", "--config", str(config), *options]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
-
-
-def manifests(root: Path, run: str) -> dict[str, bytes]:
-    folder = root / "papermill_runs" / run
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/*/manifest.json"))}
 
 
 def orphans(root: Path) -> list[str]:
@@ -72,10 +71,10 @@ def test_run_all_in_jupyter_leaves_the_batch_runs_manifest(project):
     path = project / "notebooks" / "01_data_curation.ipynb"
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
-    by_hand = manifests(project, "micro")["curation/math/manifest.json"]
+    by_hand = manifests(RUNS / "micro")["curation/math/manifest.json"]
     (project / "papermill_runs/micro/curation/math/manifest.json").unlink()
     finish(run_stage(project, project / "configs/micro.yaml", "curation", "math"))
-    assert manifests(project, "micro")["curation/math/manifest.json"] == by_hand
+    assert manifests(RUNS / "micro")["curation/math/manifest.json"] == by_hand
 
 
 def test_one_notebook_by_papermill_alone(project):
@@ -86,7 +85,7 @@ def test_one_notebook_by_papermill_alone(project):
     options = [word for name, value in given.items() for word in ("-p", name, value)]
     command = [papermill, "notebooks/04_evaluation.ipynb", out, *options]
     subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=300)
-    manifest = json.loads(manifests(project, "alone")["evaluation/backbone/manifest.json"])
+    manifest = json.loads(manifests(RUNS / "alone")["evaluation/backbone/manifest.json"])
     assert manifest["metrics"]["benchmarks"]["micro-science"]["n_problems"] == 3
     cells = [cell for cell in nbformat.read(out, as_version=4).cells if cell.cell_type == "code"]
     assert all(cell.metadata.papermill.duration >= 0 and cell.execution_count for cell in cells)
@@ -106,7 +105,7 @@ def test_shards_of_a_cluster_and_the_notebook_alone_leave_the_same_manifest(proj
     parts = sorted((project / "papermill_runs/sharded/curation-parts").glob("science-*/*.parquet"))
     assert [path.stem for path in parts] == ["000000", "000001"]
     assert "rows judged" not in finish(run_stage(project, sharded, "curation", "science"))
-    one, other = (manifests(project, run)["curation/science/manifest.json"] for run in ("alone", "sharded"))
+    one, other = (manifests(RUNS / run)["curation/science/manifest.json"] for run in ("alone", "sharded"))
     assert one == other
     assert not (project / "papermill_runs/sharded/curation-parts").exists()
 
@@ -183,7 +182,7 @@ def test_whole_pipeline_and_a_second_run_that_does_nothing(project):
     )
     first = run_all(project, config)
     assert first.returncode == 0, first.stdout[-4000:] + first.stderr[-4000:]
-    before = manifests(project, "small")
+    before = manifests(RUNS / "small")
     assert len(before) == 3 + 4 + 2 + 3 + 2 + 1
     numbers = json.loads(before["stress/numbers/manifest.json"])["metrics"]["scorings"]["generated"]
     assert set(numbers["changes"]) == {"four_way", "true_false", "yes_no"}
@@ -231,25 +230,19 @@ def test_killed_sft_ends_as_an_undisturbed_one(project):
     assert not orphans(project) and not (folder / "manifest.json").exists()
     output = finish(run_stage(project, disturbed, "sft", "math"))
     assert "from step 0 " not in output, "started again instead of resuming"
-    assert (
-        manifests(project, "killed")["sft/math/manifest.json"] == manifests(project, "calm")["sft/math/manifest.json"]
-    )
+    assert manifests(RUNS / "killed")["sft/math/manifest.json"] == manifests(RUNS / "calm")["sft/math/manifest.json"]
     assert not list(folder.glob(".*.partial")) and not (folder / "checkpoints").exists()
 
 
 def test_killed_evaluation_ends_as_an_undisturbed_one(project):
-    shared = {
-        "shared": SMALL | {"benchmarks": "micro-math,micro-code"},
-        "variants": {"backbone": {"model": "backbone"}},
-    }
-    calm = write_config(project, "calm", evaluation=shared)
+    calm = write_config(project, "calm", evaluation=TWO_BENCHMARKS)
     finish(run_stage(project, calm, "evaluation", "backbone"))
-    disturbed = write_config(project, "killed", evaluation=shared)
+    disturbed = write_config(project, "killed", evaluation=TWO_BENCHMARKS)
     kill_when(run_stage(project, disturbed, "evaluation", "backbone"), project, "6 of 12 completions")
     output = finish(run_stage(project, disturbed, "evaluation", "backbone"))
     assert "are there already" in output, "sampled everything again instead of resuming"
     name = "evaluation/backbone/manifest.json"
-    assert manifests(project, "killed")[name] == manifests(project, "calm")[name]
+    assert manifests(RUNS / "killed")[name] == manifests(RUNS / "calm")[name]
 
 
 def start_shard(root: Path, config: Path, shard: str) -> subprocess.Popen:
@@ -263,13 +256,9 @@ def start_shard(root: Path, config: Path, shard: str) -> subprocess.Popen:
 
 def test_shards_of_an_evaluation_and_the_notebook_alone_leave_the_same_manifest(project):
     """Of three jobs one is killed and started again beside the third, and one never runs; then notebook 04."""
-    shared = {
-        "shared": SMALL | {"benchmarks": "micro-math,micro-code"},
-        "variants": {"backbone": {"model": "backbone"}},
-    }
-    alone = write_config(project, "alone", evaluation=shared)
+    alone = write_config(project, "alone", evaluation=TWO_BENCHMARKS)
     finish(run_stage(project, alone, "evaluation", "backbone"))
-    sharded = write_config(project, "sharded", evaluation=shared)
+    sharded = write_config(project, "sharded", evaluation=TWO_BENCHMARKS)
     kill_when(start_shard(project, sharded, "1/3"), project, "completions-micro-math.jsonl: 6 of 6 completions")
     again, beside = (start_shard(project, sharded, shard) for shard in ("1/3", "3/3"))
     assert "completions-micro-math.jsonl: 6 of 6 completions are there already" in finish(again)
@@ -284,7 +273,7 @@ def test_shards_of_an_evaluation_and_the_notebook_alone_leave_the_same_manifest(
     assert "completions-micro-code.jsonl: 12 of 12 completions are there already" in output
     assert "completions-micro-math.jsonl: 6 of 12 completions are there already" in output
     name = "evaluation/backbone/manifest.json"
-    assert manifests(project, "sharded")[name] == manifests(project, "alone")[name]
+    assert manifests(RUNS / "sharded")[name] == manifests(RUNS / "alone")[name]
     assert not (project / "papermill_runs/sharded/evaluation-parts").exists()
 
 

@@ -274,10 +274,19 @@ def test_what_a_library_says_of_a_secret_is_masked_in_the_copy_the_page_and_what
 def test_masking_knows_secrets_by_their_names_and_leaves_the_rest(monkeypatch):
     monkeypatch.setattr("os.environ", {
         "A_TOKEN": "abcdefgh", "TOKENIZERS_PARALLELISM": "parallel", "SHORT_KEY": "1", "db_password": "longer-abcdefgh",
-        "KEYBOARD": "keyboard", "EMPTY_SECRET": "",
+        "KEYBOARD": "keyboard", "EMPTY_SECRET": "", "API_TOKENS": "in-plural", "PEM_KEY": "-----BEGIN\nMIIEpAIBAAK",
     })  # fmt: skip
-    text = "abcdefgh parallel 1 longer-abcdefgh keyboard"
-    assert masking.masked(text) == f"{masking.MASK} parallel 1 {masking.MASK} keyboard"
+    text = "abcdefgh parallel 1 longer-abcdefgh keyboard in-plural\nMIIEpAIBAAK"
+    mask = masking.MASK
+    assert masking.masked(text) == f"{mask} parallel 1 {mask} keyboard {mask}\n{mask}"
+
+
+@pytest.mark.parametrize("secret", ["ends-in-one\\", 'quoted"inside', "é-accented"])
+def test_a_masked_text_is_still_json(monkeypatch, secret):
+    monkeypatch.setattr("os.environ", {"A_TOKEN": secret})
+    for ascii_only in (True, False):
+        text = json.dumps({"said": f"the key {secret}"}, ensure_ascii=ascii_only)
+        assert json.loads(masking.masked(text)) == {"said": f"the key {masking.MASK}"}
 
 
 def change(manifest: Path, *keys_and_value) -> None:

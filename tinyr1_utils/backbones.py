@@ -58,9 +58,8 @@ def check_weights(folder: Path) -> Path:
         raise FileNotFoundError(f"no model folder {folder}")
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise FileNotFoundError(f"{folder} holds no weights: neither {WEIGHTS[0]} nor {WEIGHTS[1]}{_instead(folder)}")
-    if (
-        folder / "adapter_config.json"
-    ).is_file():  # transformers would load it on top of the weights, a merge would not
+    if (folder / "adapter_config.json").is_file():
+        # transformers would load it on top of the weights, and a merge would not.
         raise ValueError(f"{folder} holds weights and an adapter: merge it with peft's merge_and_unload, or delete it")
     if (folder / WEIGHTS[1]).is_file():
         checkpoints.shards(folder)

@@ -100,14 +100,8 @@ def _srun(parameters: SftParameters, port: int) -> list[str]:
     if len(hosts) < nodes:
         raise ValueError(f"the Slurm job has {len(hosts)} nodes, num_nodes is {nodes}: ask for more with --nodes")
     # --overlap: this process may run in a step itself, whose resources its workers share.
-    tasks = [
-        "srun",
-        f"--nodes={nodes}",
-        f"--ntasks={nodes}",
-        "--ntasks-per-node=1",
-        "--overlap",
-        "--kill-on-bad-exit=1",
-    ]
+    tasks = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--overlap"]
+    tasks += ["--kill-on-bad-exit=1"]
     tasks += [f"--cpus-per-task={facts['CPUs/Task']}"] if facts["CPUs/Task"].isdigit() else []
     options = [f"--nnodes={nodes}", f"--nproc-per-node={parameters.num_processes // nodes}", "--rdzv-backend=c10d"]
     options += [f"--rdzv-endpoint={hosts[0]}:{port}", f"--rdzv-id={job}"]

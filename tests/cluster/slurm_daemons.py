@@ -2,16 +2,22 @@
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from waiting import absent
+
 from tinyr1_utils import launch
 
-PROGRAMS = "munged slurmctld slurmd srun sbatch scancel scontrol sinfo squeue unshare nsenter".split()
+REASON = absent(
+    "a Slurm",
+    "munged slurmctld slurmd srun sbatch scancel scontrol sinfo squeue unshare nsenter",
+    "slurm-wlm munge",
+    "mount -t tmpfs tmpfs /run",
+)
 SETTINGS_FOLDER = Path("/etc/slurm")
 # No accounting, and nothing that needs a cgroup: it starts in seconds, in a container too.
 SETTINGS = """
@@ -34,22 +40,10 @@ SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
 KillWait=5
+MinJobAge=3600
 {nodes}
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
-
-
-def missing() -> str:
-    """Why a Slurm can not be had here; empty when it can."""
-    if os.geteuid() != 0:
-        return "Slurm's daemons need root"
-    absent = [name for name in PROGRAMS if not shutil.which(name)]
-    if absent:
-        return f"a Slurm needs {', '.join(absent)} (Debian: slurm-wlm munge)"
-    tried = subprocess.run(
-        ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/run"], capture_output=True, text=True
-    )
-    return f"a Slurm's settings need a mount: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 @contextlib.contextmanager

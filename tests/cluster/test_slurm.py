@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,11 +14,12 @@ import slurm_daemons
 import test_sft
 import two_hosts
 import yaml
-from conftest import REPOSITORY, write_config
+from conftest import REPOSITORY, manifests, write_config
+from waiting import until
 
 from tinyr1_utils import launch
 
-REASON, NO_HOSTS = slurm_daemons.missing(), two_hosts.missing()
+REASON, NO_HOSTS = slurm_daemons.REASON, two_hosts.REASON
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 # Micro with two branches, small; the training long enough to be hit.
@@ -64,15 +64,6 @@ def told(there: Sequence[str], *command: str) -> str:
     return subprocess.run([*there, *command], capture_output=True, text=True, check=True).stdout
 
 
-def until(holds, within_s: float = 240.0):
-    """What `holds` returns once it is true; fails when it never is."""
-    deadline = time.monotonic() + within_s
-    while not (answer := holds()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
-    return answer
-
-
 def start(there: Sequence[str], project: Path, config: Path, *options: str) -> tuple[subprocess.Popen, Path]:
     """`make run` without its set-up, and its log."""
     command = [*there, sys.executable, "-m", "tinyr1_utils.stage_runner", "all", "--config", str(config), *options]
@@ -88,10 +79,6 @@ def finish(process: subprocess.Popen, log: Path, code: int = 0) -> str:
     """Wait for a run to end with this code; its log."""
     assert process.wait(900) == code, log.read_text()[-6000:]
     return log.read_text()
-
-
-def manifests(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("*/*/manifest.json"))}
 
 
 @pytest.fixture

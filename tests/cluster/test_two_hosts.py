@@ -5,17 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import test_sft
 import two_hosts
+from waiting import until
 
 from tinyr1_utils import launch
 from tinyr1_utils.config import SftParameters
 
-REASON = two_hosts.missing()
+REASON = two_hosts.REASON
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 
@@ -46,14 +46,6 @@ def processes(hosts: Path, number: int) -> dict[int, str]:
 
 def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def until(holds, within_s: float = 120.0):
-    """What `holds` returns once it is true; its last answer when it never is."""
-    deadline = time.monotonic() + within_s
-    while not (answer := holds()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return answer
 
 
 @pytest.fixture
@@ -186,7 +178,7 @@ def the_second_worker(hosts: Path) -> int:
 )
 def test_whatever_ends_ends_the_processes_of_both_hosts(victim, number, hosts, notebook, tmp_path):
     process = notebook(600)
-    assert until(lambda: len(list((tmp_path / "seen").iterdir())) == 2), "no worker on one of the hosts"
+    until(lambda: len(list((tmp_path / "seen").iterdir())) == 2)
     os.kill(victim(hosts), number)
-    assert until(lambda: not (processes(hosts, 1) or processes(hosts, 2)), 60), [processes(hosts, n) for n in (1, 2)]
+    until(lambda: not (processes(hosts, 1) or processes(hosts, 2)), 60)
     assert process.wait(60) != 0

@@ -24,14 +24,13 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
 import psutil
-import yaml
 
 from tinyr1_utils.artifacts import LOG, damages
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from conftest import make_project, manifests, write_config
 from test_endpoints import Handler, Server
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("trials.csv")
 FAKETIME = next(map(str, Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), "")
 CONFIG, RUN = "configs/faults.yaml", "papermill_runs/faults"
@@ -51,7 +50,7 @@ SECTIONS = {
     "merge": {"shared": {"merge_order": "math,science"}, "variants": {"exact": {"recipe": "arcee_fusion"}}},
     "evaluation": {
         "shared": SMALL | {"benchmarks": "micro-code"},
-        "variants": {"exact": {"model": "merge/exact"}, "endpoint": {"model": "backbone", "backend": "endpoint"}},
+        "variants": {"exact": {"model": "merge/exact"}},
     },
     "stress": {"shared": SMALL | {"changes": "true_false"}, "variants": {"exact": {"model": "merge/exact"}}},
 }
@@ -90,25 +89,6 @@ class Endpoint(Server):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
-def make_project(folder: Path, endpoint_url: str) -> Path:
-    """A project folder with this repository's notebooks and rules, the small config and no results."""
-    project = folder / "project"
-    project.mkdir(parents=True)
-    for name in ("pyproject.toml", "Snakefile"):
-        shutil.copyfile(REPOSITORY / name, project / name)
-    shutil.copytree(
-        REPOSITORY / "notebooks", project / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints")
-    )
-    (project / "models").symlink_to(REPOSITORY / "models")
-    values = yaml.safe_load((REPOSITORY / "configs/micro.yaml").read_text()) | {"name": "faults"}
-    for section, change in SECTIONS.items():
-        values[section] = {"shared": values[section]["shared"] | change["shared"], "variants": change["variants"]}
-    values["evaluation"]["variants"]["endpoint"] |= {"endpoint_url": endpoint_url, "concurrency": 2}
-    (project / "configs").mkdir()
-    (project / CONFIG).write_text(yaml.safe_dump(values))
-    return project
-
-
 def command(*words: str) -> list[str]:
     """A call of the stage runner on the small config."""
     return [sys.executable, "-m", "tinyr1_utils.stage_runner", words[0], "--config", CONFIG, *words[1:]]
@@ -122,12 +102,6 @@ def one_stage(name: str) -> list[str]:
 def call(project: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command in the project to its end, on two cores at most ten minutes."""
     return subprocess.run(words, cwd=project, capture_output=True, text=True, timeout=600)
-
-
-def manifests(project: Path) -> dict[str, bytes]:
-    """The bytes of every manifest of the run, by its place."""
-    run = project / RUN
-    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("*/*/manifest.json"))}
 
 
 def files(project: Path) -> set[str]:
@@ -275,8 +249,7 @@ def full_disk(scene: Scene) -> Hurt:
         code = start(scene).wait(600)
     if code == 0:
         return None
-    if "ERROR" not in said(scene):
-        raise AssertionError(f"a full disk ended {scene.stage} without a sentence: {said(scene)[-500:]}")
+    assert "ERROR" in said(scene), said(scene)[-500:]
     return time.monotonic() - begun, code
 
 
@@ -314,14 +287,13 @@ def damage(scene: Scene) -> Hurt:
     file = scene.pick.choice(["manifest.json", *manifest["outputs"]])
     spoil(scene.project / RUN / source / file, scene.pick)
     begun, code = time.monotonic(), start(scene).wait(600)
-    named = "manifest.json" if file == "manifest.json" else file
     if code == 0:
         made = (scene.project / RUN / scene.stage / "manifest.json").read_bytes()
         assert made == (scene.undisturbed / RUN / scene.stage / "manifest.json").read_bytes(), f"{file} was used"
     else:
-        assert named in said(scene), said(scene)[-500:]
+        assert file in said(scene), said(scene)[-500:]
     checked = call(scene.project, command("verify"))
-    assert checked.returncode == 1 and named in checked.stdout, checked.stdout
+    assert checked.returncode == 1 and file in checked.stdout, checked.stdout
     return time.monotonic() - begun, code
 
 
@@ -414,7 +386,7 @@ def judge(project: Path, undisturbed: Path) -> str:
     """What a call that ended well has lost against an undisturbed run; empty: nothing."""
     if left := await_end(project):
         return f"left processes: {left}"
-    ours, theirs = manifests(project), manifests(undisturbed)
+    ours, theirs = manifests(project / RUN), manifests(undisturbed / RUN)
     if ours != theirs:
         return f"manifests differ: {sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))}"
     if extra := files(project) ^ files(undisturbed):
@@ -445,7 +417,10 @@ def run_undisturbed(folder: Path, stages: Sequence[str] = (*STAGES, ENDPOINT)) -
     RuntimeError where a stage that is called again does not leave the same.
     """
     endpoint = Endpoint()
-    project, seconds = make_project(folder, endpoint.url), {}
+    project, seconds, evaluation = make_project(folder / "project"), {}, SECTIONS["evaluation"]
+    asked = {"model": "backbone", "backend": "endpoint", "endpoint_url": endpoint.url, "concurrency": 2}
+    sections = SECTIONS | {"evaluation": evaluation | {"variants": evaluation["variants"] | {"endpoint": asked}}}
+    write_config(project, "faults", **sections)
     done = call(project, command("all"))
     if done.returncode:
         raise RuntimeError(f"the undisturbed run failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
