@@ -17,6 +17,7 @@ RECIPES = ("arcee_fusion", "linear", "task_arithmetic", "ties", "dare_ties")
 MODELS = {"backbone": "backbone"} | {b: f"sft/{b}" for b in (*DOMAINS, "mixture")} | {r: f"merge/{r}" for r in RECIPES}
 CHANGES = {"longer_right:neutral@4": 0.08, "longer_wrong:neutral@4": -0.1, "true_false": 0.2, "nouns:latin": -0.01}
 SCORINGS = ("generated", "mean")
+OF_THE_RUN = {"manifest.json", "provenance.json", "executed.ipynb"}  # beside the outputs, and none of them
 
 
 def finish(run: Path, name: str, parameters: dict, metrics: dict, inputs: dict | None = None) -> None:
@@ -24,8 +25,8 @@ def finish(run: Path, name: str, parameters: dict, metrics: dict, inputs: dict |
     folder = run / name
     folder.mkdir(parents=True, exist_ok=True)
     stage, variant = name.split("/")
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in {".jsonl", ".csv", ".safetensors"})
-    outputs = {str(p.relative_to(folder)): describe_output(p) for p in files}
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    outputs = {name: describe_output(path) for name, path in files.items() if name not in OF_THE_RUN}
     facts = {"stage": stage, "variant": variant, "parameters": parameters, "inputs": inputs or {}}
     write_json(folder / "provenance.json", {"seconds": 12.5, "peak_gib": 0.75, "devices": ["CPU"], "git_commit": "abc"})
     write_json(folder / "manifest.json", facts | {"outputs": outputs, "metrics": metrics})
