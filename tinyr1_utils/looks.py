@@ -78,7 +78,7 @@ REPORTED_MODELS: dict[str, tuple[str, str]] = {
     "code branch": ("code branch", "sft/code"),
     "science branch": ("science branch", "sft/science"),
     "data mixture": ("mixture", "sft/mixture"),
-    "(math + code) + science": ("(math + code) + science", ""),
+    "(math + code) + science": ("(math + code) + science", "merge/arcee_fusion-math-code-science"),
     "TinyR1-32B-Preview": ("TinyR1-32B", "merge/arcee_fusion"),
     "Arcee Fusion": ("Arcee Fusion", "merge/arcee_fusion"),
     "model soup": ("linear (soup)", "merge/linear"),

@@ -116,9 +116,12 @@ def kept_fraction_frame(choices: pd.DataFrame) -> pd.DataFrame:
 def selected_frame(choices: pd.DataFrame) -> pd.DataFrame:
     """For each recipe the setting with the highest validation mean, and what it scores on the test; columns SELECTED.
 
-    The first in the run's order where several tie. Empty without validation benchmarks.
+    Of the merges of most branches: one of fewer can not have all skills. The first in the run's order where several
+    tie. Empty without validation benchmarks.
     """
     merged = choices[choices["kind"] == "merged model"].dropna(subset="validation")
+    n_branches = merged["merge_order"].str.count(",")
+    merged = merged[n_branches == n_branches.max()]
     rows = []
     for recipe, group in merged.groupby("recipe", sort=False):
         best = group.loc[group["validation"].idxmax()]

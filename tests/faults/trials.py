@@ -1,15 +1,17 @@
 """Trials of the fault suite: a stage of a small run is hurt at a random moment, then the same command is called again.
 
-.venv/bin/python tests/faults/trials.py --folder DIR --trials 20 --seed 1            # every fault
+.venv/bin/python tests/faults/trials.py --folder DIR --trials 20                     # every fault
 .venv/bin/python tests/faults/trials.py --folder DIR --faults "kill -9 of the kernel,SIGTERM to papermill"
 
 A trial holds when the second call ends well and leaves what an undisturbed run leaves: the same manifests, hence the
-same bytes and rows in every artifact, the same files beside them, and no process. `trials.csv` gets a line for each.
+same bytes and rows in every artifact, the same files beside them, no temporary file, and no process. `trials.csv` gets
+a line for each; what it holds already is not tried again, so that several calls, at once or one after the other, fill
+it together.
 """
 
 import argparse
 import contextlib
-import csv
+import ctypes
 import json
 import os
 import random
@@ -20,22 +22,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import filelock
+import pandas as pd
 import psutil
 
 from tinyr1_utils.artifacts import LOG, damages
+from tinyr1_utils.sources import SOURCES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import make_project, manifests, write_config
+from hub import Hub
 from test_endpoints import Handler, Server
 
 RESULTS = Path(__file__).with_name("trials.csv")
 FAKETIME = next(map(str, Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), "")
-CONFIG, RUN = "configs/faults.yaml", "papermill_runs/faults"
+CONFIG, RUNS, RUN = "configs/faults.yaml", "papermill_runs", "papermill_runs/faults"
 STAGES = ("curation/math", "sft/math", "merge/exact", "evaluation/exact", "stress/exact", "analysis/report")
-ENDPOINT = "evaluation/endpoint"
+ENDPOINT, SERVED, TAUGHT, HUB = "evaluation/endpoint", "evaluation/served", "curation/taught", "curation/hub"
+EXTRA = (ENDPOINT, SERVED, TAUGHT, HUB)  # on a server's answers; nothing else is made of them
 SMALL = {"limit": 16, "n_samples": 2, "chunk_size": 4, "max_new_tokens": 64}
 SECTIONS = {
     "curation": {
@@ -50,7 +57,7 @@ SECTIONS = {
     "merge": {"shared": {"merge_order": "math,science"}, "variants": {"exact": {"recipe": "arcee_fusion"}}},
     "evaluation": {
         "shared": SMALL | {"benchmarks": "micro-code"},
-        "variants": {"exact": {"model": "merge/exact"}},
+        "variants": {"exact": {"model": "merge/exact"}, "served": {"model": "backbone", "data_parallel": 2}},
     },
     "stress": {"shared": SMALL | {"changes": "true_false"}, "variants": {"exact": {"model": "merge/exact"}}},
 }
@@ -66,6 +73,7 @@ class Trial:
     moment_s: float
     ended: int
     lost: str
+    commit: str
 
 
 class Answers(Handler):
@@ -80,13 +88,40 @@ class Answers(Handler):
 
 
 class Endpoint(Server):
-    """An OpenAI-compatible server in this process, whose network can go."""
+    """An OpenAI-compatible server in this process, whose network can go. A third of its answers are right."""
 
     def __init__(self):
         super().__init__()
         self.RequestHandlerClass, self.down = Answers, False
-        self.choice = lambda asked: ({"content": f"answer {asked['seed'] % 97}"}, "stop")
+        self.choice = lambda asked: ({"content": f"\\boxed{{{asked['seed'] % 3}}}"}, "stop")
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Network:
+    """Servers in this process: an endpoint, which teaches too, and a hub. While it is `down`, both drop connections."""
+
+    def __init__(self):
+        rows = [{"question": f"What is {i} minus {i // 2}?", "answer": f"#### {i - i // 2}"} for i in range(3000)]
+        self.endpoint, self.hub = Endpoint(), Hub(SOURCES["gsm8k-train"].hub, rows, pause_s=0.2)
+
+    def set_down(self, down: bool) -> None:
+        self.endpoint.down = self.hub.down = down
+
+    def sections(self, project: Path) -> dict:
+        """SECTIONS, and what asks these servers."""
+        with open(project / "questions.jsonl", "w", encoding="utf-8") as stream:
+            for i in range(24):
+                stream.write(json.dumps({"id": i, "question": f"What is {i} modulo 3?", "gold": i % 3}) + "\n")
+        asks = {"model": "backbone", "backend": "endpoint", "endpoint_url": self.endpoint.url, "concurrency": 2}
+        taught = {
+            "domain": "math", "sources": "file:questions.jsonl", "columns": "id=id,question=question,reference=gold",
+            "teacher": "endpoint", "teacher_url": self.endpoint.url, "teacher_samples": 2, "teacher_concurrency": 2,
+        }  # fmt: skip
+        sections = {stage: {"shared": {}, **told} for stage, told in SECTIONS.items()}
+        sections["evaluation"]["variants"] = SECTIONS["evaluation"]["variants"] | {"endpoint": asks}
+        hub = {"domain": "math", "sources": "gsm8k-train", "limit": 0}
+        sections["curation"]["variants"] = SECTIONS["curation"]["variants"] | {"taught": taught, "hub": hub}
+        return sections
 
 
 def command(*words: str) -> list[str]:
@@ -99,25 +134,40 @@ def one_stage(name: str) -> list[str]:
     return command("stage", "--stage", stage, "--variant", variant)
 
 
+def temporary(project: Path) -> Path:
+    """Where the calls in a project put temporary files."""
+    return project.with_name(f"{project.name}-temporary")
+
+
 def call(project: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command in the project to its end, on two cores at most ten minutes."""
-    return subprocess.run(words, cwd=project, capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"TMPDIR": str(temporary(project))}
+    return subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def files(project: Path) -> set[str]:
-    """Every file of the run by its place; not what stages print, which a stage that is called alone does not keep."""
-    run = project / RUN
-    return {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and path.name != LOG}
+    """Every file of the run, and of the hub's mirror beside it, by its place.
+
+    Not what stages print, which a stage that is called alone does not keep.
+    """
+    runs = project / RUNS
+    return {str(path.relative_to(runs)) for path in runs.rglob("*") if path.is_file() and path.name != LOG}
 
 
-def processes(project: Path) -> list[psutil.Process]:
-    """All that works in the project's folder or was told its place, this process and its tests left out."""
-    found, place = [], f"{project.resolve()}/"
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if f"{process.cwd()}/".startswith(place) or any(place in word for word in process.cmdline()):
-                found.append(process)
-    return [process for process in found if process.pid not in {psutil.Process().pid, psutil.Process().ppid()}]
+def adopt_orphans() -> None:
+    """Make this process the parent of whatever its children leave behind (prctl PR_SET_CHILD_SUBREAPER)."""
+    if ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "this kernel has no subreapers")
+
+
+def processes() -> list[psutil.Process]:
+    """Whatever a call has started that still runs, wherever it works; what has ended is taken leave of."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.Error, ChildProcessError):
+            if child.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(child.pid, os.WNOHANG)
+    return [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
 def stages_from(stage: str) -> tuple[str, ...]:
@@ -125,10 +175,10 @@ def stages_from(stage: str) -> tuple[str, ...]:
     return STAGES[STAGES.index(stage) :]
 
 
-def await_end(project: Path, within_s: float = 30.0) -> list[str]:
+def await_end(within_s: float = 30.0) -> list[str]:
     """Command lines of the processes that are still there after a while; they are ended then."""
     deadline = time.monotonic() + within_s
-    while (left := processes(project)) and time.monotonic() < deadline:
+    while (left := processes()) and time.monotonic() < deadline:
         time.sleep(0.2)
     told = []
     for process in left:
@@ -153,7 +203,7 @@ def named(*words: str) -> Callable[[psutil.Process], bool]:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a fault meets: the copy it hurts, the call in it, the seconds it usually takes, random choices, a server."""
+    """What a fault meets: the copy it hurts, the call in it, the seconds it usually takes, random choices, servers."""
 
     project: Path
     undisturbed: Path
@@ -161,7 +211,7 @@ class Scene:
     words: list[str]
     seconds: float
     pick: random.Random
-    endpoint: Endpoint
+    network: Network
 
 
 Hurt = tuple[float, int] | None  # the moment and the code of the hurt call; None: the call ended before it
@@ -181,7 +231,12 @@ def start(scene: Scene, **environment: str) -> subprocess.Popen:
     """The scene's call, its output to a file that its errors can be read from."""
     with open(scene.project / "hurt.log", "ab") as log:
         return subprocess.Popen(
-            scene.words, cwd=scene.project, stdout=log, stderr=log, start_new_session=True, env=os.environ | environment
+            scene.words,
+            cwd=scene.project,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | {"TMPDIR": str(temporary(scene.project))} | environment,
         )
 
 
@@ -229,7 +284,7 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
         shutil.copytree(kept, folder, symlinks=True, dirs_exist_ok=True)
         shutil.rmtree(kept)
         yield
-        await_end(folder, 30)  # a kernel that ends takes its files along
+        await_end()  # a kernel that ends takes its files along
         shutil.copytree(folder, kept, symlinks=True)
     shutil.rmtree(folder)
     kept.rename(folder)
@@ -254,13 +309,20 @@ def full_disk(scene: Scene) -> Hurt:
 
 
 def read_only(scene: Scene) -> Hurt:
-    """The run folder can be read only."""
-    run, begun = scene.project / RUN, time.monotonic()
+    """From a random moment on, or from before the start, the run folder can be read only."""
+    run, moment = scene.project / RUN, max(0.0, (scene.pick.random() - 0.2) * scene.seconds)
+    process, begun = start(scene) if moment else None, time.monotonic()
+    while process and process.poll() is None and time.monotonic() - begun < moment:
+        time.sleep(0.02)
     with mounted(["--bind", run, run]):
         subprocess.run(["mount", "-o", "remount,bind,ro", run], check=True)
-        code = start(scene).wait(600)
-    assert "can not write to" in said(scene), said(scene)[-500:]
-    return time.monotonic() - begun, code
+        code = (process or start(scene)).wait(600)
+        await_end()
+    if code == 0:
+        return None
+    assert "ERROR" in said(scene), said(scene)[-500:]
+    assert "can not write" in said(scene) or "Read-only file system" in said(scene), said(scene)[-500:]
+    return moment, code
 
 
 NEXT = {
@@ -328,20 +390,20 @@ def clock(scene: Scene) -> Hurt:
 
 
 def dropped_network(scene: Scene) -> Hurt:
-    """The endpoint's connections drop at a random moment, for some seconds, which retries outlast, or for good."""
+    """The servers' connections drop at a random moment, for some seconds, which retries outlast, or for good."""
     process, begun = start(scene), time.monotonic()
     moment, back = scene.pick.random() * scene.seconds, scene.pick.choice([2.0, 600.0])
     try:
         while process.poll() is None:
             passed = time.monotonic() - begun
-            scene.endpoint.down = moment <= passed < moment + back
+            scene.network.set_down(moment <= passed < moment + back)
             time.sleep(0.02)
     finally:
-        scene.endpoint.down = False
+        scene.network.set_down(False)
     if time.monotonic() - begun < moment:
         return None
     if process.returncode:
-        assert "finished completions are kept" in said(scene), said(scene)[-500:]
+        assert "finished completions are kept" in said(scene) or "check the network" in said(scene), said(scene)[-500:]
     return moment, process.returncode
 
 
@@ -360,11 +422,13 @@ def short_of_memory(scene: Scene) -> Hurt:
 KERNEL, PAPERMILL = named("ipykernel_launcher"), named("stage_runner stage", "!tee", "!bash")
 SNAKEMAKE, RUNNER = named("-m snakemake", "--nolock"), named("stage_runner all")
 RANK = named("tinyr1_utils.sft", "!torch.distributed.run")
+ENGINE = named("VLLM::")
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 FAULTS = {
     "kill -9 of the kernel": Fault(hit(KERNEL, KILL)),
     "kill -9 of papermill": Fault(hit(PAPERMILL, KILL)),
     "kill -9 of a torchrun rank": Fault(hit(RANK, KILL), ("sft/math",)),
+    "kill -9 of a vLLM engine": Fault(hit(ENGINE, KILL), (SERVED,)),
     "kill -9 of the grader": Fault(hit(named("bwrap"), KILL), ("evaluation/exact",)),
     "SIGTERM to papermill": Fault(hit(PAPERMILL, TERM)),
     "SIGINT to papermill": Fault(hit(PAPERMILL, INT)),
@@ -377,15 +441,22 @@ FAULTS = {
     "damaged artifact": Fault(damage, tuple(dict.fromkeys(NEXT.values())), again=("verify", "--rebuild")),
     "two calls at once": Fault(second_call, ("merge/exact", "analysis/report"), whole_run=True),
     "clock jumps": Fault(clock),
-    "network drops": Fault(dropped_network, (ENDPOINT,)),
+    "network drops": Fault(dropped_network, (ENDPOINT, TAUGHT, HUB)),
     "out of memory": Fault(short_of_memory, ("sft/math", "evaluation/exact")),
 }
 
 
+def in_shared_memory() -> set[str]:
+    """What lies in the memory that processes share by name."""
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
 def judge(project: Path, undisturbed: Path) -> str:
-    """What a call that ended well has lost against an undisturbed run; empty: nothing."""
-    if left := await_end(project):
+    """What a call that ended well has lost against an undisturbed run, or left over; empty: nothing."""
+    if left := await_end():
         return f"left processes: {left}"
+    if kept := sorted(path.name for path in temporary(project).iterdir()):
+        return f"left temporary files: {kept[:5]}"
     ours, theirs = manifests(project / RUN), manifests(undisturbed / RUN)
     if ours != theirs:
         return f"manifests differ: {sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))}"
@@ -401,26 +472,29 @@ def trial_project(undisturbed: Path, stage: str, whole_run: bool, place: Path) -
     behind = stages_from(stage) if whole_run else (stage,)
     for name in behind:
         shutil.rmtree(place / RUN / name)
+    if stage == HUB:
+        shutil.rmtree(place / RUNS / "hub")
+    temporary(place).mkdir()
     try:
         yield place
     finally:
-        await_end(place, 0)
+        await_end(0)
         shutil.rmtree(place)
+        shutil.rmtree(temporary(place))
 
 
-Undisturbed = tuple[Path, dict[str, float], Endpoint]
+Undisturbed = tuple[Path, dict[str, float], Network]
 
 
-def run_undisturbed(folder: Path, stages: Sequence[str] = (*STAGES, ENDPOINT)) -> Undisturbed:
-    """The project after an undisturbed run, the seconds that each stage takes when it is called alone, its endpoint.
+def run_undisturbed(folder: Path, stages: Sequence[str] = (*STAGES, *EXTRA)) -> Undisturbed:
+    """The project after an undisturbed run, the seconds that each stage takes when it is called alone, its servers.
 
     RuntimeError where a stage that is called again does not leave the same.
     """
-    endpoint = Endpoint()
-    project, seconds, evaluation = make_project(folder / "project"), {}, SECTIONS["evaluation"]
-    asked = {"model": "backbone", "backend": "endpoint", "endpoint_url": endpoint.url, "concurrency": 2}
-    sections = SECTIONS | {"evaluation": evaluation | {"variants": evaluation["variants"] | {"endpoint": asked}}}
-    write_config(project, "faults", **sections)
+    network, project, seconds = Network(), make_project(folder / "project"), {}
+    temporary(project).mkdir()
+    os.environ |= {"HF_ENDPOINT": network.hub.url, "HF_HOME": str(folder / "hub-client")}
+    write_config(project, "faults", **network.sections(project))
     done = call(project, command("all"))
     if done.returncode:
         raise RuntimeError(f"the undisturbed run failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -431,7 +505,7 @@ def run_undisturbed(folder: Path, stages: Sequence[str] = (*STAGES, ENDPOINT)) -
             seconds[stage] = time.monotonic() - begun
             if lost := done.stderr if done.returncode else judge(copy, project):
                 raise RuntimeError(f"{stage} called twice does not repeat itself: {lost}")
-    return project, seconds, endpoint
+    return project, seconds, network
 
 
 def judged(fault: Fault, scene: Scene) -> tuple[Hurt, str]:
@@ -441,7 +515,7 @@ def judged(fault: Fault, scene: Scene) -> tuple[Hurt, str]:
         found = fault.hurt(scene)
         if found is None:
             return None, ""
-        if left := await_end(scene.project):
+        if left := await_end():
             return found, f"left processes: {left}"
         if found[1] == 0 and (lost := judge(scene.project, scene.undisturbed)):
             return found, f"it said that all is well: {lost}"
@@ -457,32 +531,67 @@ def judged(fault: Fault, scene: Scene) -> tuple[Hurt, str]:
 
 def trial(name: str, stage: str, seed: int, run: Undisturbed) -> Trial | None:
     """One trial; None where the call ended before it was hurt."""
-    fault, (undisturbed, seconds, endpoint) = FAULTS[name], run
+    fault, (undisturbed, seconds, network), shared = FAULTS[name], run, in_shared_memory()
     words = command("all") if fault.whole_run else one_stage(stage)
     usual = sum(seconds[one] for one in stages_from(stage)) if fault.whole_run else seconds[stage]
     with trial_project(undisturbed, stage, fault.whole_run, undisturbed.with_name("hurt")) as project:
-        scene = Scene(project, undisturbed, stage, words, usual, random.Random(f"{name}|{stage}|{seed}"), endpoint)
+        scene = Scene(project, undisturbed, stage, words, usual, random.Random(f"{name}|{stage}|{seed}"), network)
         found, lost = judged(fault, scene)
-    return found and Trial(name, stage, seed, round(found[0], 2), found[1], lost)
+    if found is None:
+        return None
+    if not lost and (kept := in_shared_memory() - shared):
+        lost = f"left shared memory: {sorted(kept)[:5]}"
+    return Trial(name, stage, seed, round(found[0], 2), found[1], lost, commit())
 
 
-def table(done: list[Trial]) -> str:
-    """Trials and losses of each fault, as a Markdown table."""
-    lines = ["| fault | stages | trials | something lost |", "|---|---|---:|---:|"]
-    for name, fault in FAULTS.items():
-        ours = [one for one in done if one.fault == name]
-        stages = "all six" if fault.stages == STAGES else ", ".join(fault.stages)
-        where = f"{stages}, and all behind" if fault.whole_run else stages
-        lines.append(f"| {name} | {where} | {len(ours)} | {sum(bool(one.lost) for one in ours)} |")
+def commit() -> str:
+    """What this checkout stands at, marked where its files differ."""
+    told = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(told, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def trials_in(path: Path) -> pd.DataFrame:
+    """The trials of a file, of none where it is not there."""
+    columns = [field.name for field in fields(Trial)]
+    return pd.read_csv(path, keep_default_na=False) if path.is_file() else pd.DataFrame(columns=columns)
+
+
+def add(one: Trial, path: Path) -> None:
+    """One more line of the file, in the order of FAULTS and seeds, while no other call writes to it."""
+    with filelock.FileLock(f"{path}.lock"):
+        frame = pd.concat([trials_in(path), pd.DataFrame([asdict(one)])], ignore_index=True)
+        places = {name: place for place, name in enumerate(FAULTS)}
+        frame = frame.sort_values(["fault", "seed"], key=lambda c: c.map(places) if c.name == "fault" else c)
+        frame.to_csv(path, index=False, lineterminator="\n")
+
+
+def table(frame: pd.DataFrame) -> str:
+    """Faults by stages as a Markdown table: `lost / trials`; stages as those of a notebook."""
+    stages = [stage.partition("/")[0] for stage in STAGES]
+    lines = [f"| fault | {' | '.join(stages)} | lost / trials |", f"|---|{'---:|' * (len(stages) + 1)}"]
+    for name in FAULTS:
+        ours = frame[frame["fault"] == name]
+        kinds = ours["stage"].str.partition("/")[0]
+        parts = [ours[kinds == stage] for stage in stages] + [ours]
+        cells = [f"{(part['lost'] != '').sum()} / {len(part)}" if len(part) else "–" for part in parts]
+        lines.append(f"| {name}{' †' if FAULTS[name].whole_run else ''} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def write(done: list[Trial], path: Path) -> None:
-    """All trials so far, one a line."""
-    with open(path, "w", newline="", encoding="utf-8") as stream:
-        table = csv.writer(stream, lineterminator="\n")
-        table.writerow([field.name for field in fields(Trial)])
-        table.writerows(astuple(one) for one in done)
+def try_fault(name: str, arguments: argparse.Namespace, run: Undisturbed) -> None:
+    """Trials of one fault, spread over its stages, until the file has enough."""
+    stages = [stage for stage in FAULTS[name].stages if stage in (arguments.stages or FAULTS[name].stages)]
+    while True:
+        there = trials_in(arguments.results)
+        there = there[there["fault"] == name]
+        if len(there) >= arguments.trials:
+            return
+        seed = int(there["seed"].max()) + 1 if len(there) else 1
+        stage = min(stages, key=lambda one: (there["stage"] == one).sum())
+        while (one := trial(name, stage, seed, run)) is None:
+            seed += 1
+        add(one, arguments.results)
+        print(f"{name}, {stage}, seed {one.seed}, at {one.moment_s} s: {one.lost or 'nothing lost'}", flush=True)
 
 
 def main() -> None:
@@ -490,32 +599,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="for the projects; emptied at the end")
     parser.add_argument("--trials", type=int, default=20, help="of each fault, spread over its stages")
-    parser.add_argument("--seed", type=int, default=1, help="of the first trial of each fault")
     parser.add_argument("--faults", default="", help="comma-separated; default: all")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--stages", default="", help="comma-separated; default: all in which the fault is tried")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a file that is added to")
+    parser.add_argument("--table", action="store_true", help="print the results as a table, try nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(trials_in(arguments.results)))
+        return
     chosen = arguments.faults.split(",") if arguments.faults else list(FAULTS)
+    arguments.stages = arguments.stages.split(",") if arguments.stages else []
     if "clock jumps" in chosen and not FAKETIME:
         sys.exit("no libfaketime (Debian: faketime): the clock can not jump")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, by children too
-    done: list[Trial] = []
-    run = run_undisturbed(arguments.folder.resolve())
+    adopt_orphans()
+    hurt = dict.fromkeys(stage for name in chosen for stage in FAULTS[name].stages)
+    run = run_undisturbed(arguments.folder.resolve(), arguments.stages or [*hurt])
     print({stage: round(value, 1) for stage, value in run[1].items()}, flush=True)
-    for fault in chosen:
-        stages, seed, count = FAULTS[fault].stages, arguments.seed, 0
-        while count < arguments.trials:
-            one = trial(fault, stages[count % len(stages)], seed, run)
-            seed += 1
-            if one is None:
-                continue
-            done.append(one)
-            count += 1
-            print(
-                f"{fault}, {one.stage}, seed {one.seed}, at {one.moment_s} s: {one.lost or 'nothing lost'}", flush=True
-            )
-            write(done, arguments.results)
-    shutil.rmtree(run[0])
-    sys.exit(int(any(one.lost for one in done)))
+    for name in chosen:
+        try_fault(name, arguments, run)
+    shutil.rmtree(arguments.folder)
+    frame = trials_in(arguments.results)
+    sys.exit(int((frame[frame["fault"].isin(chosen)]["lost"] != "").any()))
 
 
 if __name__ == "__main__":
