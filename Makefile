@@ -1,5 +1,7 @@
 # Every target makes the environment it needs first; `make` alone prints the targets.
 CONFIG ?= configs/micro.yaml
+# Two files of tests at a time, in order: the longest come first. Most of a test's time is the start of a process.
+TEST_WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 VENV ?= .venv
 export VENV
 # What notebooks and tests start by name (ninja, torchrun, mergekit-yaml) comes from the environment too.
@@ -28,11 +30,11 @@ plan: bootstrap ## memory per GPU, steps and hours of every branch of CONFIG, be
 
 test: bootstrap lm-eval ## all tests; PYTEST_ARGS="-m 'not slow'" for the quick ones
 	@bash scripts/test_programs.sh
-	$(VENV_PYTHON) -m pytest -q tests $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -q tests $(TEST_WORKERS) $(PYTEST_ARGS)
 
 test-slow: bootstrap ## of the tests the slow ones alone, which start real jobs, servers and hosts
 	@bash scripts/test_programs.sh
-	$(VENV_PYTHON) -m pytest -q tests -m slow $(PYTEST_ARGS)
+	$(VENV_PYTHON) -m pytest -q tests -m slow $(TEST_WORKERS) $(PYTEST_ARGS)
 
 status: bootstrap ## what of CONFIG is done, stale, running or missing, with its result and its cost, a line each
 	@$(VENV_PYTHON) -m tinyr1_utils.stage_runner status --config $(CONFIG)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tinyr1_utils import micro_problems
+from tinyr1_utils import micro_pool, micro_problems
 from tinyr1_utils.answers import extract_code, grade_text
 from tinyr1_utils.micro_problems import (
     SPLITS,
@@ -54,6 +54,13 @@ def test_no_two_splits_ask_the_same_whatever_the_seed(domain, train):
 def test_no_held_out_problem_asks_what_another_does(domain):
     for split in ("validation", "test"):
         assert len({problem.metadata["content"] for problem in generate(domain, split, 100, 3)}) == 100
+
+
+@pytest.mark.parametrize("split", micro_pool.HELD_OUT_PROBLEMS)
+def test_a_held_out_set_can_be_read_whole(split):
+    """As a curation does that looks for it: science holds the fewest."""
+    for seed in range(3):
+        assert len(micro_pool.held_out("science", split, 0, seed)) == micro_pool.HELD_OUT_PROBLEMS[split]
 
 
 def test_splits_have_their_shares():

@@ -10,15 +10,15 @@ from tinyr1_utils.records import Problem, Trace
 
 # What is added to a run's seed: a split's problems are drawn apart from the training set's.
 SEEDS = {"test": 1_000_000, "validation": 2_000_000}
-TEST_PROBLEMS = 140  # of a held-out set read whole; the science split holds little more
+HELD_OUT_PROBLEMS = {"test": 140, "validation": 130}  # of a set read whole; science holds little more
 TRAIN_PROBLEMS = 2000
 # Shares of the raw pool that curation has to find, as a crawled pool would hold them.
 WRONG_SHARE, UNFINISHED_SHARE, REPEATED_SHARE, LEAKED_SHARE = 0.15, 0.03, 0.03, 0.02
 
 
 def held_out(domain: str, split: str, limit: int, seed: int) -> list[Problem]:
-    """`limit` problems of a validation or test split (0: TEST_PROBLEMS)."""
-    return micro_problems.generate(domain, split, limit or TEST_PROBLEMS, seed + SEEDS[split])
+    """`limit` problems of a validation or test split (0: HELD_OUT_PROBLEMS)."""
+    return micro_problems.generate(domain, split, limit or HELD_OUT_PROBLEMS[split], seed + SEEDS[split])
 
 
 def raw_pool(domain: str, limit: int, seed: int) -> tuple[list[Problem], dict[str, Trace]]:

@@ -139,10 +139,10 @@ def temporary(project: Path) -> Path:
     return project.with_name(f"{project.name}-temporary")
 
 
-def call(project: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command in the project to its end, on two cores at most ten minutes."""
+def call(project: Path, words: list[str], limit_s: float = 600.0) -> subprocess.CompletedProcess[str]:
+    """Run a command in the project to its end, which on two cores comes within minutes."""
     environment = os.environ | {"TMPDIR": str(temporary(project))}
-    return subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, timeout=limit_s)
 
 
 def files(project: Path) -> set[str]:
@@ -447,8 +447,12 @@ FAULTS = {
 
 
 def in_shared_memory() -> set[str]:
-    """What lies in the memory that processes share by name."""
-    return {path.name for path in Path("/dev/shm").iterdir()}
+    """What lies in the memory that processes share by name, and no process has in use."""
+    used = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            used += maps.read_text()
+    return {path.name for path in Path("/dev/shm").iterdir() if f"/dev/shm/{path.name}" not in used}
 
 
 def judge(project: Path, undisturbed: Path) -> str:
@@ -495,7 +499,7 @@ def run_undisturbed(folder: Path, stages: Sequence[str] = (*STAGES, *EXTRA)) -> 
     temporary(project).mkdir()
     os.environ |= {"HF_ENDPOINT": network.hub.url, "HF_HOME": str(folder / "hub-client")}
     write_config(project, "faults", **network.sections(project))
-    done = call(project, command("all"))
+    done = call(project, command("all"), 3600.0)
     if done.returncode:
         raise RuntimeError(f"the undisturbed run failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     for stage in stages:
