@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -143,6 +144,28 @@ def parameters():
         return stage_parameters(run, "sft", "math").model_copy(update=values)
 
     return changed
+
+
+def test_a_killed_calls_temporary_files_go_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    program = (
+        "import os, pathlib, signal, sys, tempfile\n"
+        "from tinyr1_utils.launch import temporary_folder\n"
+        "with temporary_folder(pathlib.Path(sys.argv[1])):\n"
+        "    tempfile.mkstemp()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for place in ("ours", "another"):
+        subprocess.run([sys.executable, "-c", program, tmp_path / place])
+    assert len(list(tmp_path.glob("tinyr1-*/*"))) == 2
+    with launch.temporary_folder(tmp_path / "ours") as folder:
+        assert tempfile.gettempdir() == str(folder) and len(list(tmp_path.glob("tinyr1-*"))) == 2
+        with launch.temporary_folder(tmp_path / "ours") as inner:
+            assert inner.parent == folder, "a run's stage"
+    assert tempfile.gettempdir() == str(tmp_path)
+    (left,) = tmp_path.glob("tinyr1-*/*")
+    assert left.is_file(), "another's, which is not ours to judge"
 
 
 def test_command_of_each_launcher(parameters, tmp_path):

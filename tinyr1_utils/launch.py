@@ -2,19 +2,22 @@
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import queue
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from base64 import urlsafe_b64encode
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tinyr1_utils.config import SftParameters, from_root
@@ -26,7 +29,7 @@ _SSH = ["ssh", "-tt", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "Serv
 # What the workers on every host need of this environment; an ssh login brings next to nothing. Secrets stay here,
 # since whoever is logged in on a host can read the command lines of others.
 _FORWARDED = re.compile(
-    r"(PATH|LD_LIBRARY_PATH|TMPDIR|VIRTUAL_ENV|XDG_CACHE_HOME)$|PYTHON|CUDA_(?!VISIBLE)"
+    r"(PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|XDG_CACHE_HOME)$|PYTHON|CUDA_(?!VISIBLE)"
     r"|(ACCELERATE|DS|GLOO|HF|MKL|NCCL|OMP|TOKENIZERS|TORCH\w*|TQDM|TRANSFORMERS|TRITON|UCX|WANDB)_"
 )
 AGAIN = "run the stage again"  # stands in every error that another attempt may not meet
@@ -40,6 +43,32 @@ _SIGNAL = re.compile(r"Signal (\d+) \(SIG\w+\) received|exitcode\s*:\s*-(\d+)|ex
 def die_with_parent() -> None:
     """For `preexec_fn`: the child is killed when its parent dies, by kill -9 included (Linux)."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def temporary_folder(place: Path) -> Iterator[Path]:
+    """TMPDIR for this process and its children while they work for `place`: a folder that goes with what they leave.
+
+    A killed call leaves its own folder, which the next one for the same place on this machine takes away.
+    """
+    above, before = Path(tempfile.gettempdir()), os.environ.get("TMPDIR")
+    # Short, since sockets lie in it, whose paths have 107 characters at most.
+    start = f"tinyr1-{hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:8]}-"
+    for left in above.glob(f"{start}*"):
+        process = left.name.removeprefix(start)
+        if process == str(os.getpid()) or not Path(f"/proc/{process}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    folder = above / f"{start}{os.getpid()}"
+    folder.mkdir(mode=0o700)
+    os.environ["TMPDIR"], tempfile.tempdir = str(folder), None
+    try:
+        yield folder
+    finally:
+        os.environ.pop("TMPDIR")
+        if before is not None:
+            os.environ["TMPDIR"] = before
+        tempfile.tempdir = None
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def search_path() -> str:

@@ -273,7 +273,8 @@ def run_all(arguments: argparse.Namespace) -> None:
     with run_lock(config) as run_dir:
         if not arguments.dry_run:
             make_ready(arguments, config, run_dir)
-        code = run_snakemake(arguments, config)
+        with launch.temporary_folder(run_dir):
+            code = run_snakemake(arguments, config)
     if code:
         fail(f"run {config.name} did not finish; what is done is kept, and the same command goes on from there")
     if not arguments.dry_run:
@@ -362,7 +363,8 @@ def run_stage(arguments: argparse.Namespace) -> None:
     parameters = stage_parameters(config, arguments.stage, arguments.variant, arguments.config)
     if arguments.attempt > 1:
         refuse_repetition(parameters)
-    execute(parameters)
+    with launch.temporary_folder(executed_copy(parameters).parent):
+        execute(parameters)
 
 
 def read_shard(text: str) -> tuple[int, int]:
@@ -446,7 +448,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     try:
         arguments.action(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("\nstopped; what is done is kept, and the same command goes on from there", file=sys.stderr, flush=True)
