@@ -11,6 +11,7 @@ it together.
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import json
 import os
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -42,7 +43,6 @@ FAKETIME = next(map(str, Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
 CONFIG, RUNS, RUN = "configs/faults.yaml", "papermill_runs", "papermill_runs/faults"
 STAGES = ("curation/math", "sft/math", "merge/exact", "evaluation/exact", "stress/exact", "analysis/report")
 ENDPOINT, SERVED, TAUGHT, HUB = "evaluation/endpoint", "evaluation/served", "curation/taught", "curation/hub"
-EXTRA = (ENDPOINT, SERVED, TAUGHT, HUB)  # on a server's answers; nothing else is made of them
 SMALL = {"limit": 16, "n_samples": 2, "chunk_size": 4, "max_new_tokens": 64}
 SECTIONS = {
     "curation": {
@@ -57,7 +57,7 @@ SECTIONS = {
     "merge": {"shared": {"merge_order": "math,science"}, "variants": {"exact": {"recipe": "arcee_fusion"}}},
     "evaluation": {
         "shared": SMALL | {"benchmarks": "micro-code"},
-        "variants": {"exact": {"model": "merge/exact"}, "served": {"model": "backbone", "data_parallel": 2}},
+        "variants": {"exact": {"model": "merge/exact"}},
     },
     "stress": {"shared": SMALL | {"changes": "true_false"}, "variants": {"exact": {"model": "merge/exact"}}},
 }
@@ -107,20 +107,25 @@ class Network:
     def set_down(self, down: bool) -> None:
         self.endpoint.down = self.hub.down = down
 
-    def sections(self, project: Path) -> dict:
-        """SECTIONS, and what asks these servers."""
+    def sections(self, project: Path, stages: Collection[str]) -> dict:
+        """SECTIONS, and those of EXTRA that are among the stages."""
         with open(project / "questions.jsonl", "w", encoding="utf-8") as stream:
             for i in range(24):
                 stream.write(json.dumps({"id": i, "question": f"What is {i} modulo 3?", "gold": i % 3}) + "\n")
-        asks = {"model": "backbone", "backend": "endpoint", "endpoint_url": self.endpoint.url, "concurrency": 2}
-        taught = {
-            "domain": "math", "sources": "file:questions.jsonl", "columns": "id=id,question=question,reference=gold",
-            "teacher": "endpoint", "teacher_url": self.endpoint.url, "teacher_samples": 2, "teacher_concurrency": 2,
+        url = self.endpoint.url
+        extra = {
+            ENDPOINT: {"model": "backbone", "backend": "endpoint", "endpoint_url": url, "concurrency": 2},
+            SERVED: {"model": "backbone", "data_parallel": 2},
+            TAUGHT: {
+                "domain": "math", "sources": "file:questions.jsonl", "teacher": "endpoint", "teacher_url": url,
+                "columns": "id=id,question=question,reference=gold", "teacher_samples": 2, "teacher_concurrency": 2,
+            },
+            HUB: {"domain": "math", "sources": "gsm8k-train", "limit": 0},
         }  # fmt: skip
-        sections = {stage: {"shared": {}, **told} for stage, told in SECTIONS.items()}
-        sections["evaluation"]["variants"] = SECTIONS["evaluation"]["variants"] | {"endpoint": asks}
-        hub = {"domain": "math", "sources": "gsm8k-train", "limit": 0}
-        sections["curation"]["variants"] = SECTIONS["curation"]["variants"] | {"taught": taught, "hub": hub}
+        sections = copy.deepcopy(SECTIONS)
+        for name in (name for name in extra if name in stages):
+            stage, variant = name.split("/")
+            sections[stage]["variants"][variant] = extra[name]
         return sections
 
 
@@ -490,24 +495,24 @@ def trial_project(undisturbed: Path, stage: str, whole_run: bool, place: Path) -
 Undisturbed = tuple[Path, dict[str, float], Network]
 
 
-def run_undisturbed(folder: Path, stages: Sequence[str] = (*STAGES, *EXTRA)) -> Undisturbed:
-    """The project after an undisturbed run, the seconds that each stage takes when it is called alone, its servers.
+def run_undisturbed(folder: Path, stages: Collection[str]) -> Undisturbed:
+    """The project after an undisturbed run, the seconds that each of the stages takes when it is called alone, servers.
 
     RuntimeError where a stage that is called again does not leave the same.
     """
     network, project, seconds = Network(), make_project(folder / "project"), {}
     temporary(project).mkdir()
     os.environ |= {"HF_ENDPOINT": network.hub.url, "HF_HOME": str(folder / "hub-client")}
-    write_config(project, "faults", **network.sections(project))
+    write_config(project, "faults", **network.sections(project, stages))
     done = call(project, command("all"), 3600.0)
     if done.returncode:
         raise RuntimeError(f"the undisturbed run failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     for stage in stages:
-        with trial_project(project, stage, False, folder / "timed") as copy:
+        with trial_project(project, stage, False, folder / "timed") as place:
             begun = time.monotonic()
-            done = call(copy, one_stage(stage))
+            done = call(place, one_stage(stage))
             seconds[stage] = time.monotonic() - begun
-            if lost := done.stderr if done.returncode else judge(copy, project):
+            if lost := done.stderr if done.returncode else judge(place, project):
                 raise RuntimeError(f"{stage} called twice does not repeat itself: {lost}")
     return project, seconds, network
 
@@ -618,7 +623,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, by children too
     adopt_orphans()
     hurt = dict.fromkeys(stage for name in chosen for stage in FAULTS[name].stages)
-    run = run_undisturbed(arguments.folder.resolve(), arguments.stages or [*hurt])
+    timed = [*STAGES, *hurt] if any(FAULTS[name].whole_run for name in chosen) else [*hurt]
+    run = run_undisturbed(arguments.folder.resolve(), arguments.stages or dict.fromkeys(timed))
     print({stage: round(value, 1) for stage, value in run[1].items()}, flush=True)
     for name in chosen:
         try_fault(name, arguments, run)
