@@ -20,7 +20,7 @@ from tinyr1_utils.micro_problems import generate
 from tinyr1_utils.paraphraser import _keeps
 from tinyr1_utils.perturbations import Materials, make_changes, parse_changes
 from tinyr1_utils.records import Problem, Score, require_records, write_records
-from tinyr1_utils.sources import load
+from tinyr1_utils.sources import Loaded, load
 from tinyr1_utils.stress_metrics import (
     all_right,
     compare,
@@ -34,6 +34,7 @@ from tinyr1_utils.stress_metrics import (
 
 DATA = Path(os.environ.get("TINYR1_DATA_ROOT") or REPOSITORY.parent / "shared" / "data")
 MICRO = stage_parameters(load_config(REPOSITORY / "configs/micro.yaml"), "stress", "backbone")
+LOADED = Loaded([], [], "generated")
 CHANGES = "longer_right@2/4,longer_wrong@4,true_false,none_right,nouns,right_first"
 
 
@@ -280,8 +281,14 @@ def test_paraphrases_are_judged_cached_and_only_then_used(tmp_path):
         assert len(server.asked) == 5  # three to write, two to judge
         again = stress.change_problems(problems, parameters, tmp_path / "cache")
         assert again == asked and len(server.asked) == 5
-    with pytest.raises(ConnectionError, match=r"no answer from http://127.*: start the server or correct endpoint_url"):
+    with pytest.raises(ConnectionError, match=r"no answer from http://127.*: start the server or correct paraphraser_"):
         stress.change_problems(problems, parameters, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"paraphraser_url 'localhost:8000/v1' must begin with http"):
+        stress.input_digests(parameters.model_copy(update={"paraphraser_url": "localhost:8000/v1"}), LOADED)
+    # What is whole in the cache needs no server, once the model is named.
+    named = parameters.model_copy(update={"paraphraser_model": "small"})
+    assert stress.change_problems(problems, named, tmp_path / "cache") == asked
+    assert stress.input_digests(named, LOADED)["paraphraser"] == "small"
     with pytest.raises(ValueError, match="gpqa-diamond is confidential: its text is sent to no paraphraser"):
         secret = parameters.model_copy(update={"benchmark": "gpqa-diamond"})
         stress.change_problems(problems, secret, tmp_path / "other")

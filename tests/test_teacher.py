@@ -226,6 +226,8 @@ def test_a_completion_as_a_trace(text, reason, reasoning, answer, finished):
 def test_the_teacher_is_named_by_its_server_or_its_files(server):
     assert teacher_digest(settings(teacher_url=server.url)) == "endpoint:small"
     assert teacher_digest(settings(teacher_url=server.url, teacher_model="large")) == "endpoint:large"
+    with pytest.raises(ConnectionError, match="start the server or correct teacher_url"):
+        teacher_digest(settings(teacher_url="http://127.0.0.1:9/v1"))
     in_process = settings(teacher="vllm", teacher_model=str(BACKBONE))
     assert teacher_digest(in_process) == sha256_folder(BACKBONE)
 

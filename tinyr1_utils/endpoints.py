@@ -21,6 +21,7 @@ from tinyr1_utils.launch import search_path
 from tinyr1_utils.masking import without
 from tinyr1_utils.records import Completion
 
+ENDPOINT_URL = "endpoint_url"  # the parameter that holds a URL, unless the caller names another
 RETRIES = 8  # of a request that met 429, 5xx or a time-out; the client waits 0.5 s, then twice as long, up to 8 s
 REQUEST_LIMIT_S = 3600.0  # a long completion on a busy server answers late
 START_LIMIT_S = 1800.0  # a large model is read and compiled first
@@ -87,12 +88,12 @@ def _concurrent(
     return complete
 
 
-def _client(url: str, **options: Any):
+def _client(url: str, setting: str = ENDPOINT_URL, **options: Any):
     """OpenAI's client. The key is OPENAI_API_KEY, or `none` for servers that ask for none."""
     import openai
 
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"endpoint_url {url!r} must begin with http:// or https://, as http://localhost:8000/v1 does")
+        raise ValueError(f"{setting} {url!r} must begin with http:// or https://, as http://localhost:8000/v1 does")
     settings = {
         "api_key": os.environ.get("OPENAI_API_KEY") or "none",
         "max_retries": RETRIES,
@@ -116,28 +117,28 @@ def _refusal(url: str, error: Any) -> Exception:
     return ValueError(f"{url} refused a request with {error.status_code} ({said or 'no reason'}); its log says more")
 
 
-async def _answer(url: str, question: Awaitable) -> Any:
-    """The client's answer, or its error as one sentence with the URL and the remedy."""
+async def _answer(url: str, question: Awaitable, setting: str = ENDPOINT_URL) -> Any:
+    """The client's answer, or its error as one sentence with the URL, the parameter that holds it, and the remedy."""
     import openai
 
     try:
         return await question
     except openai.APIConnectionError:
         error = ConnectionError(
-            f"no answer from {url}: start the server or correct endpoint_url; finished completions are kept"
+            f"no answer from {url}: start the server or correct {setting}; finished completions are kept"
         )
     except openai.APIStatusError as refused:
         error = _refusal(url, refused)
     except (openai.APIError, AttributeError, ValueError):  # the client takes a web page for an answer of the right kind
         error = ValueError(
-            f"{url} does not answer as an OpenAI-compatible server: endpoint_url ends in /v1 with most servers"
+            f"{url} does not answer as an OpenAI-compatible server: {setting} ends in /v1 with most servers"
         )
     raise error
 
 
-async def _model_named(client: Any, url: str, wanted: str) -> str:
+async def _model_named(client: Any, url: str, wanted: str, setting: str) -> str:
     """`wanted` when the server lists it, else (where it is empty) the first that it lists."""
-    answer = await _answer(url, client.with_options(max_retries=2).models.list())
+    answer = await _answer(url, client.with_options(max_retries=2).models.list(), setting)
     listed = [model.id for model in getattr(answer, "data", None) or []]
     if not listed:
         raise ValueError(f"{url} lists no model: start the server with one")
@@ -146,13 +147,13 @@ async def _model_named(client: Any, url: str, wanted: str) -> str:
     return wanted or listed[0]
 
 
-def endpoint_model(parameters: GenerationParameters) -> str:
-    """The name of the model that the endpoint will sample. Raises as `endpoint_engine`."""
+def endpoint_model(parameters: GenerationParameters, setting: str = ENDPOINT_URL) -> str:
+    """The name of the model that the endpoint will sample. `setting` and what is raised as in `endpoint_engine`."""
     url = parameters.endpoint_url
 
     async def ask() -> str:
-        async with _client(url) as client:
-            return await _model_named(client, url, parameters.endpoint_model)
+        async with _client(url, setting) as client:
+            return await _model_named(client, url, parameters.endpoint_model, setting)
 
     return _Loop().finish(ask())
 
@@ -167,10 +168,13 @@ def _with_reasoning(message: Any) -> str:
     return f"<think>\n{reasoning.strip()}{closing}"
 
 
-def endpoint_engine(parameters: GenerationParameters, go_on: Callable[[], bool] = lambda: True) -> Engine:
+def endpoint_engine(
+    parameters: GenerationParameters, go_on: Callable[[], bool] = lambda: True, setting: str = ENDPOINT_URL
+) -> Engine:
     """Chat completions of the server at `endpoint_url`, `concurrency` in flight; the key is OPENAI_API_KEY.
 
     Before each request `go_on` is asked, from another thread: once it says False, the others of a chunk are left out.
+    `setting` is the parameter that an error tells to correct, where the URL is another's than the model's under test.
 
     The server renders the prompt by its own template, checks its length, and sets what is not sent (sent are
     temperature, top_p, seed, max_tokens): most servers take the seed as a wish, and what they batch together moves
@@ -178,8 +182,8 @@ def endpoint_engine(parameters: GenerationParameters, go_on: Callable[[], bool] 
     for an unknown model or a refused request, PermissionError for a refused key.
     """
     url, loop = parameters.endpoint_url, _Loop()
-    client = _client(url)
-    name = loop.finish(_model_named(client, url, parameters.endpoint_model))
+    client = _client(url, setting)
+    name = loop.finish(_model_named(client, url, parameters.endpoint_model, setting))
 
     async def draw(request: Request) -> Completion:
         question = client.chat.completions.create(
@@ -190,7 +194,7 @@ def endpoint_engine(parameters: GenerationParameters, go_on: Callable[[], bool] 
             top_p=parameters.top_p,
             seed=request.seed,
         )
-        answer = await _answer(url, question)
+        answer = await _answer(url, question, setting)
         if not getattr(answer, "choices", None):
             raise ValueError(f"{url} answered without a choice for {request.problem_id}")
         choice, usage = answer.choices[0], answer.usage

@@ -13,7 +13,7 @@ from tinyr1_utils.answers import extract_truth
 from tinyr1_utils.artifacts import sha256_json
 from tinyr1_utils.config import StressParameters
 from tinyr1_utils.endpoints import endpoint_engine, endpoint_model
-from tinyr1_utils.engines import Request
+from tinyr1_utils.engines import Engine, Request
 from tinyr1_utils.generation import CompletionsFile, draw_into, sample_seed
 from tinyr1_utils.perturbations import PARAPHRASE, Change
 from tinyr1_utils.problem_type import require_choice
@@ -31,6 +31,7 @@ JUDGE = (
     "could call one right and the other wrong, and does neither add or drop anything? Put Yes or No in \\boxed{{}}.\n\n"
     "Question: {question}\nFirst wording: {option}\nSecond wording: {paraphrase}"
 )
+PARAPHRASER_URL = "paraphraser_url"  # what a paraphraser that does not answer is set by
 ENOUGH = 0.75  # of the length that was asked for, or the text is no longer option
 _DIGITS = re.compile(r"\d+")
 
@@ -65,6 +66,11 @@ def asking(parameters: StressParameters) -> StressParameters:
     return parameters.model_copy(update=update | {"backend": "endpoint"})
 
 
+def writer(parameters: StressParameters) -> str:
+    """The paraphraser's name: `paraphraser_model` as it stands, else the first that its endpoint lists."""
+    return parameters.paraphraser_model or endpoint_model(asking(parameters), PARAPHRASER_URL)
+
+
 def paraphrases(
     problems: Sequence[Problem],
     changes: Sequence[Change],
@@ -81,11 +87,11 @@ def paraphrases(
     """
     (benchmark,) = parse_benchmarks(parameters.benchmark)
     if not parameters.paraphraser_url:
-        raise ValueError(f"changes with manner {PARAPHRASE!r} need paraphraser_url, an OpenAI-compatible endpoint")
+        raise ValueError(f"changes with manner {PARAPHRASE!r} need {PARAPHRASER_URL}, an OpenAI-compatible endpoint")
     if source_named(benchmark).confidential:
         raise ValueError(f"{benchmark} is confidential: its text is sent to no paraphraser; choose another manner")
     told = asking(parameters)
-    known = {"model": endpoint_model(told), "benchmark": benchmark, "prompts": [WRITE, JUDGE], "seed": told.seed}
+    known = {"model": writer(parameters), "benchmark": benchmark, "prompts": [WRITE, JUDGE], "seed": told.seed}
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / f"{benchmark}-{sha256_json(known)[:12]}.jsonl"
     with FileLock(f"{path}.lock"):
@@ -93,9 +99,12 @@ def paraphrases(
 
 
 def _drawn(wanted, file: CompletionsFile, told: StressParameters, on_line) -> dict[tuple[str, int, float], str]:
+    def engine() -> Engine:
+        return endpoint_engine(told, setting=PARAPHRASER_URL)
+
     def ask(task: str, texts: dict[tuple[str, int, float], str]) -> dict[tuple[str, int, float], str]:
         requests = [_request(key, task, text, told.seed) for key, text in texts.items()]
-        completions = draw_into(file, requests, told, lambda: endpoint_engine(told), on_line)
+        completions = draw_into(file, requests, told, engine, on_line)
         return {key: done.text.strip() for key, done in zip(texts, completions, strict=True)}
 
     options = {key: problem.options[key[1]] for key, problem in wanted.items()}

@@ -18,12 +18,11 @@ import pandas as pd
 from tinyr1_utils.artifacts import Stage
 from tinyr1_utils.chat_templates import load_tokenizer, template_text
 from tinyr1_utils.config import StressParameters, names
-from tinyr1_utils.endpoints import endpoint_model
 from tinyr1_utils.engines import Engine, Request
 from tinyr1_utils.evaluation import grade, model_digest, served_folder
 from tinyr1_utils.generation import CompletionsFile, draw_into, sample, start_engine
 from tinyr1_utils.likelihood import Query, letter_query, likelihood_engine, option_query, parse_values
-from tinyr1_utils.paraphraser import asking, paraphrases
+from tinyr1_utils.paraphraser import paraphrases, writer
 from tinyr1_utils.perturbations import (
     PARAPHRASE,
     Change,
@@ -252,7 +251,7 @@ def input_digests(parameters: StressParameters, loaded: Loaded) -> dict[str, str
     (benchmark,) = parse_benchmarks(parameters.benchmark)
     digests = {benchmark: loaded.digest, "model": model_digest(parameters)}
     if any(change.manner == PARAPHRASE for change in parse_changes(parameters.changes)):
-        digests["paraphraser"] = endpoint_model(asking(parameters))
+        digests["paraphraser"] = writer(parameters)
     return digests
 
 

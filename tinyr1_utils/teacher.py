@@ -20,6 +20,7 @@ from tinyr1_utils.engines import Engine, vllm_engine
 from tinyr1_utils.generation import CompletionsFile, draw_into, requests
 from tinyr1_utils.records import Completion, Problem, Trace
 
+TEACHER_URL = "teacher_url"  # what a teacher that does not answer is set by
 PROMPT_TOKENS = 2048  # room for a prompt beside the longest completion
 # Requests in one go. In process a kill loses at most a chunk and the budget is looked at between two of them; each
 # completion of an endpoint is kept at once, and a chunk only ends with a wait for its slowest.
@@ -96,7 +97,7 @@ def teacher_digest(parameters: CurationParameters) -> str:
     """
     folder = _folder(parameters)
     if folder is None:
-        return f"endpoint:{endpoint_model(generation_parameters(parameters, None))}"
+        return f"endpoint:{endpoint_model(generation_parameters(parameters, None), TEACHER_URL)}"
     return sha256_folder(folder)
 
 
@@ -158,7 +159,7 @@ def sample_traces(
     """
     folder = _folder(parameters)
     generation = generation_parameters(parameters, folder)
-    name = parameters.teacher_model or endpoint_model(generation)
+    name = parameters.teacher_model or endpoint_model(generation, TEACHER_URL)
     tokenizer = None if folder is None else load_tokenizer(folder)
     file, stopped, samples = CompletionsFile(path), "", range(parameters.teacher_samples)
     unique = list({problem.id: problem for problem in problems}.values())
@@ -168,7 +169,7 @@ def sample_traces(
 
     @functools.cache
     def engine() -> Engine:
-        return endpoint_engine(generation, go_on) if folder is None else vllm_engine(folder, generation)
+        return endpoint_engine(generation, go_on, TEACHER_URL) if folder is None else vllm_engine(folder, generation)
 
     def tell(line: str) -> None:
         price = f", {_usd(file, parameters):,.2f} USD" if parameters.teacher_usd_per_million else ""
