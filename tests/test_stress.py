@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from test_endpoints import serving
 
 from tinyr1_utils import stress
-from tinyr1_utils.artifacts import open_stage
+from tinyr1_utils.artifacts import finish_stage, open_stage
 from tinyr1_utils.config import StressParameters, load_config, stage_parameters
 from tinyr1_utils.micro_problems import generate
 from tinyr1_utils.paraphraser import _keeps
@@ -292,6 +292,32 @@ def test_paraphrases_are_judged_cached_and_only_then_used(tmp_path):
     with pytest.raises(ValueError, match="gpqa-diamond is confidential: its text is sent to no paraphraser"):
         secret = parameters.model_copy(update={"benchmark": "gpqa-diamond"})
         stress.change_problems(problems, secret, tmp_path / "other")
+
+
+def test_a_paraphraser_that_dies_halfway_leaves_what_was_scored_and_what_it_wrote(tmp_path):
+    """Its changes are added to a finished stage, whose manifest and scores have to stand until they are all there."""
+    rules = told(tmp_path, limit=6, changes="longer_right@2", concurrency=1)
+    stage, asked = stress.begin(rules, lambda line: None)
+    write_records(stage.path("changed.jsonl"), stress.changed_rows(asked, False))
+    finish_stage(stage, ["changed.jsonl"], {})
+    before = {path.name: path.read_bytes() for path in stage.folder.iterdir()}
+    with serving() as server:
+
+        def dying(asked: dict) -> tuple[dict, str]:
+            if len(server.asked) == 2:
+                server.script = [(503, {"error": {"message": "busy"}})] * 100
+            return paraphrasing(asked)
+
+        server.choice, added = dying, {"changes": "longer_right:paraphrase@2", "paraphraser_url": server.url}
+        parameters = rules.model_copy(update=added)
+        with pytest.raises(ConnectionError, match="still answers 503"):
+            stress.begin(parameters, lambda line: None)
+        assert {path.name: path.read_bytes() for path in stage.folder.iterdir()} == before
+        answered, server.script, server.choice, server.asked = server.asked[:2], [], paraphrasing, []
+        _, asked = stress.begin(parameters, lambda line: None)
+        assert server.asked and not [one for one in server.asked if one in answered]
+        assert len([one for one in server.asked if "Second wording" not in str(one)]) == len(asked.problems) - 2
+        assert not stage.path("manifest.json").exists()  # it is another stage now
 
 
 @pytest.mark.parametrize(

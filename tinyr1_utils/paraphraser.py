@@ -18,7 +18,7 @@ from tinyr1_utils.generation import CompletionsFile, draw_into, sample_seed
 from tinyr1_utils.perturbations import PARAPHRASE, Change
 from tinyr1_utils.problem_type import require_choice
 from tinyr1_utils.records import Problem
-from tinyr1_utils.sources import parse_benchmarks, source_named
+from tinyr1_utils.sources import benchmark_name, source_named
 
 WRITE = (
     "Below are a multiple-choice question and one of its options. Rewrite the option so that it has about {target} "
@@ -85,7 +85,7 @@ def paraphrases(
     again, by no run. An option without a paraphrase leaves its problem untouched. Raises ConnectionError when the
     endpoint does not answer (what has come is kept), ValueError for a confidential benchmark.
     """
-    (benchmark,) = parse_benchmarks(parameters.benchmark)
+    benchmark = benchmark_name(parameters.benchmark)
     if not parameters.paraphraser_url:
         raise ValueError(f"changes with manner {PARAPHRASE!r} need {PARAPHRASER_URL}, an OpenAI-compatible endpoint")
     if source_named(benchmark).confidential:

@@ -252,6 +252,14 @@ def parse_benchmarks(text: str, limit: int = 0, n_samples: int = 0) -> dict[str,
     return found
 
 
+def benchmark_name(text: str) -> str:
+    """The one benchmark that `text` names, as `parse_benchmarks` reads it. ValueError where it names several."""
+    found = list(parse_benchmarks(text))
+    if len(found) > 1:
+        raise ValueError(f"name one benchmark, not {text!r}")
+    return found[0]
+
+
 def _rank(problem_id: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}|{problem_id}".encode()).digest()
 

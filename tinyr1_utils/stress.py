@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tinyr1_utils.artifacts import Stage
+from tinyr1_utils.artifacts import Stage, open_stage
 from tinyr1_utils.chat_templates import load_tokenizer, template_text
-from tinyr1_utils.config import StressParameters, names
+from tinyr1_utils.config import StressParameters, from_root, names
 from tinyr1_utils.engines import Engine, Request
-from tinyr1_utils.evaluation import grade, model_digest, served_folder
+from tinyr1_utils.evaluation import grade, load_benchmarks, model_digest, served_folder
 from tinyr1_utils.generation import CompletionsFile, draw_into, sample, start_engine
 from tinyr1_utils.likelihood import Query, letter_query, likelihood_engine, option_query, parse_values
 from tinyr1_utils.paraphraser import paraphrases, writer
@@ -36,7 +36,7 @@ from tinyr1_utils.perturbations import (
 from tinyr1_utils.problem_type import Pool, require_choice
 from tinyr1_utils.prompts import chat, shown
 from tinyr1_utils.records import LETTERS, TRUTHS, Problem, write_records
-from tinyr1_utils.sources import Loaded, load, parse_benchmarks, source_named, subset
+from tinyr1_utils.sources import Loaded, benchmark_name, load, parse_benchmarks, source_named, subset
 from tinyr1_utils.stress_metrics import MEAN, likelihood_scores, summarise
 
 GENERATED, LETTER, SUM = "generated", "letter", "sum"
@@ -87,14 +87,24 @@ def change_problems(loaded: Sequence[Problem], parameters: StressParameters, cac
     written = {}
     if any(change.manner == PARAPHRASE for change in changes):
         written = paraphrases(problems, changes, parameters, cache, on_line)
-    (benchmark,) = parse_benchmarks(parameters.benchmark)
-    whole, _ = usable(load(benchmark, parameters.data_root, 0, parameters.seed).problems)
+    whole, _ = usable(load(benchmark_name(parameters.benchmark), parameters.data_root, 0, parameters.seed).problems)
     materials = Materials(parameters.seed, Pool.of(whole), written)
     changed = {
         change.label: [one for problem in problems for one in make_changes(problem, change, materials)]
         for change in changes
     }
     return ChangedSet(problems, changed, refused, examples)
+
+
+def begin(parameters: StressParameters, on_line=print) -> tuple[Stage, ChangedSet]:
+    """The opened stage and the benchmark's changes, which are all made before the stage forgets an earlier run.
+
+    So neither a benchmark that can not be used nor a paraphraser that stops answering costs what an earlier run scored.
+    """
+    ((_, loaded),) = load_benchmarks(parameters, parameters.benchmark, on_line).items()
+    digests = input_digests(parameters, loaded)
+    asked = change_problems(loaded.problems, parameters, from_root(parameters.run_dir) / "paraphrases", on_line)
+    return open_stage(parameters, inputs=digests), asked
 
 
 def changed_rows(asked: ChangedSet, confidential: bool) -> list[dict]:
@@ -248,8 +258,7 @@ def change_frame(asked: ChangedSet) -> pd.DataFrame:
 
 def input_digests(parameters: StressParameters, loaded: Loaded) -> dict[str, str]:
     """The digests of a stage's inputs: the model, the benchmark's data, and the paraphraser's name where one writes."""
-    (benchmark,) = parse_benchmarks(parameters.benchmark)
-    digests = {benchmark: loaded.digest, "model": model_digest(parameters)}
+    digests = {benchmark_name(parameters.benchmark): loaded.digest, "model": model_digest(parameters)}
     if any(change.manner == PARAPHRASE for change in parse_changes(parameters.changes)):
         digests["paraphraser"] = writer(parameters)
     return digests
@@ -257,5 +266,4 @@ def input_digests(parameters: StressParameters, loaded: Loaded) -> dict[str, str
 
 def confidential(parameters: StressParameters) -> bool:
     """Whether the benchmark's text may stand in no file of results."""
-    (name,) = parse_benchmarks(parameters.benchmark)
-    return source_named(name).confidential
+    return source_named(benchmark_name(parameters.benchmark)).confidential
