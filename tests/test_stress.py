@@ -353,6 +353,21 @@ def test_scorings_that_can_not_be_had_are_refused(tmp_path, changes, message):
         told(tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"benchmark": "micro-science,micro-math"}, "name one benchmark, not 'micro-science,micro-math'"),
+        ({"benchmark": "mbpp"}, "mbpp has neither options nor numbers for answers, which a change needs"),
+        ({"benchmark": "micro-math"}, "change 'longer_right:neutral@2' needs options, which micro-math does not have"),
+        ({"changes": "longer_all:paraphrase@2"}, "'longer_all:paraphrase@2' needs paraphraser_url"),
+    ],
+)
+def test_the_stage_alone_refuses_what_a_config_would_be_refused_for(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        stress.begin(told(tmp_path, **changes), lambda line: None)
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_checked_sheet_speaks_of_the_texts_that_are_made_today():
     """180 changed problems that a reader judged: their digests, and the share that was found faithful."""
     with open(stress_sheet.SHEET, newline="", encoding="utf-8") as stream:

@@ -86,8 +86,6 @@ def paraphrases(
     endpoint does not answer (what has come is kept), ValueError for a confidential benchmark.
     """
     benchmark = benchmark_name(parameters.benchmark)
-    if not parameters.paraphraser_url:
-        raise ValueError(f"changes with manner {PARAPHRASE!r} need {PARAPHRASER_URL}, an OpenAI-compatible endpoint")
     if source_named(benchmark).confidential:
         raise ValueError(f"{benchmark} is confidential: its text is sent to no paraphraser; choose another manner")
     told = asking(parameters)

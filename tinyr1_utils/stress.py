@@ -24,6 +24,7 @@ from tinyr1_utils.generation import CompletionsFile, draw_into, sample, start_en
 from tinyr1_utils.likelihood import Query, letter_query, likelihood_engine, option_query, parse_values
 from tinyr1_utils.paraphraser import paraphrases, writer
 from tinyr1_utils.perturbations import (
+    CHANGES,
     PARAPHRASE,
     Change,
     Changed,
@@ -53,6 +54,23 @@ class ChangedSet:
     changed: dict[str, list[Changed]]
     refused: list[str]
     examples: list[Problem]
+
+
+def check(parameters: StressParameters) -> None:
+    """ValueError for several benchmarks, and for a benchmark, change or scoring that do not go together."""
+    benchmark = benchmark_name(parameters.benchmark)
+    kind = source_named(benchmark).answer_kind
+    if kind not in ("choice", "number"):
+        raise ValueError(f"{benchmark} has neither options nor numbers for answers, which a change needs")
+    for change in parse_changes(parameters.changes):
+        if CHANGES[change.name].needs_options and kind != "choice":
+            raise ValueError(f"change {change.label!r} needs options, which {benchmark} does not have")
+        if parameters.protocol == "tinyr1" and change.name in ("true_false", "yes_no", "open"):
+            raise ValueError(f"protocol 'tinyr1' has no prompt for change {change.name!r}")
+        if change.manner == PARAPHRASE and not parameters.paraphraser_url:
+            raise ValueError(f"change {change.label!r} needs paraphraser_url, an OpenAI-compatible endpoint")
+    if kind != "choice" and set(names(parameters.scorings)) != {GENERATED}:
+        raise ValueError(f"{benchmark} has no options to score: scorings is generated there")
 
 
 def usable(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
@@ -101,6 +119,7 @@ def begin(parameters: StressParameters, on_line=print) -> tuple[Stage, ChangedSe
 
     So neither a benchmark that can not be used nor a paraphraser that stops answering costs what an earlier run scored.
     """
+    check(parameters)
     ((_, loaded),) = load_benchmarks(parameters, parameters.benchmark, on_line).items()
     digests = input_digests(parameters, loaded)
     asked = change_problems(loaded.problems, parameters, from_root(parameters.run_dir) / "paraphrases", on_line)
