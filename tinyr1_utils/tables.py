@@ -204,7 +204,7 @@ def robustness_table(robustness: pd.DataFrame) -> pd.DataFrame:
             "unchanged (%)": _percent(r.accuracy, r.stderr),
             "no answer (%)": _percent(r.no_answer_rate),
             "right in every form (%)": _percent(r.robust_accuracy),
-            "same in every form (%)": _percent(r.consistency),
+            "alike in every form (%)": _percent(r.consistency),
         }
         for r in robustness.itertuples()
     ]
