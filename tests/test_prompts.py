@@ -33,6 +33,7 @@ def test_every_sample_sees_the_same_options_and_the_same_right_one():
 def test_the_order_depends_on_seed_problem_and_sample_alone():
     assert shown(CHOICE, 0, 3) == shown(CHOICE, 0, 3)
     assert len({shown(CHOICE, seed, 0).options for seed in range(20)}) > 5
+    assert shown(shown(CHOICE, 0, 3), 0, 4) == shown(CHOICE, 0, 3)
 
 
 def test_other_problems_are_shown_as_they_are():

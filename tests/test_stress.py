@@ -11,15 +11,18 @@ from pathlib import Path
 import pytest
 import stress_sheet
 from conftest import REPOSITORY
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_endpoints import serving
 
-from tinyr1_utils import stress
+from tinyr1_utils import problem_type, stress
 from tinyr1_utils.artifacts import finish_stage, open_stage
 from tinyr1_utils.config import StressParameters, load_config, stage_parameters
 from tinyr1_utils.micro_problems import generate
 from tinyr1_utils.paraphraser import _keeps
 from tinyr1_utils.perturbations import Materials, make_changes, parse_changes
-from tinyr1_utils.records import Problem, Score, require_records, write_records
+from tinyr1_utils.prompts import shown
+from tinyr1_utils.records import LETTERS, Problem, Score, require_records, write_records
 from tinyr1_utils.sources import Loaded, load
 from tinyr1_utils.stress_metrics import (
     all_right,
@@ -91,20 +94,20 @@ def test_the_longest_option_counts_where_there_is_one():
     problems = [problem("p", ("a", "bb", "cc")), problem("q", ("a", "bbb", "cc")), problem("r", ("aaaa", "b"), "A")]
     scores = [score("p", False, extracted="B"), score("q", True, extracted="B"), score("r", False, extracted="B")]
     scores.append(score("r", False, 1, extracted=""))  # no answer chooses nothing
-    found = longest_options(problems, scores, 0)
+    found = longest_options(problems, scores)
     assert found == {"longest_rate": 0.5, "longest_problems": 2, "longest_chance": round((1 / 3 + 1 / 2) / 2, 6)}
-    assert longest_options(problems[:1], scores[:1], 0)["longest_rate"] is None
+    assert longest_options(problems[:1], scores[:1])["longest_rate"] is None
 
 
 def test_sum_and_mean_choose_by_text_and_by_byte():
     item = problem("p", ("kurz", "länger als kurz", "mid size"), "B")
     values = {"p": {"A": -8.0, "B": -14.0, "C": -9.0}}
-    (by_sum,), (by_mean,) = (likelihood_scores([item], values, scoring, 0) for scoring in ("sum", "mean"))
+    (by_sum,), (by_mean,) = (likelihood_scores([item], values, scoring) for scoring in ("sum", "mean"))
     assert (by_sum.extracted, by_mean.extracted, by_mean.correct) == ("A", "B", True)  # -2, -14 / 16, -9 / 8 per byte
     values["p"]["B"] = -20.8  # of 15 characters more than -9 / 8 each, of 16 bytes less
-    assert likelihood_scores([item], values, "mean", 0)[0].extracted == "C"
+    assert likelihood_scores([item], values, "mean")[0].extracted == "C"
     tie = {"p": {"A": -8.0, "B": -8.0, "C": -9.0}}
-    assert likelihood_scores([item], tie, "sum", 0)[0].extracted == "A"
+    assert likelihood_scores([item], tie, "sum")[0].extracted == "A"
 
 
 def test_the_summary_counts_what_holds_in_every_form():
@@ -115,18 +118,18 @@ def test_the_summary_counts_what_holds_in_every_form():
         scores += [score(name, original), score(f"{name}/longer_right:neutral@2", longer)]
         scores.append(score(f"{name}/right_first", first))
     scores += [score(item.problem.id, True) for item in asked.changed["true_false"]]
-    found = summarise(asked.problems, asked.changed, scores, 0)
+    found = summarise(asked.problems, asked.changed, scores)
     assert found["robust_accuracy"] == round(1 / 3, 6) and found["consistency"] == round(2 / 3, 6)
     assert found["original"]["accuracy"] == round(2 / 3, 6)
     assert found["changes"]["true_false"]["all_right"] == 1.0 and found["original"]["no_answer_rate"] == 0
     silent = [dataclasses.replace(one, verdict="no_answer") if one.problem_id == "r" else one for one in scores]
-    assert summarise(asked.problems, asked.changed, silent, 0)["original"]["no_answer_rate"] == round(1 / 3, 6)
+    assert summarise(asked.problems, asked.changed, silent)["original"]["no_answer_rate"] == round(1 / 3, 6)
     assert found["changes"]["longer_right:neutral@2"]["all_right"] is None
     assert found["changes"]["longer_right:neutral@2"]["right_to_wrong"] == round(1 / 3, 6)
     (row,) = scoring_frame({"sum": found}).itertuples()
     assert 0 < row.low < row.accuracy < row.high < 1
     with pytest.raises(ValueError, match="needs options; choose generated"):
-        summarise(asked.problems, asked.changed, scores[:0], 0)
+        summarise(asked.problems, asked.changed, scores[:0])
 
 
 # --- what is asked ------------------------------------------------------------------------------------------------
@@ -193,6 +196,30 @@ def test_a_larger_part_of_a_benchmark_asks_a_smaller_one_in_the_same_words(tmp_p
         assert stress.letter_messages(item, small.examples, "default") == stress.letter_messages(
             texts[item.id], large.examples, "default"
         )
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.text("abc", min_size=1), min_size=2, max_size=6, unique=True), st.data(), st.integers(0, 999))
+def test_a_shuffled_benchmark_shows_every_change_in_the_originals_order(options, data, seed):
+    """Of GPQA's kind: whatever is added stands behind the others, and the right option alone moves."""
+    right = data.draw(st.sampled_from(options))
+    shuffled = dataclasses.replace(
+        problem("p", options, LETTERS[options.index(right)]), metadata={"shuffled": "p", "level": 1}
+    )
+    parameters = MICRO.model_copy(
+        update={"seed": seed, "changes": "none_added,none_right,right_first,right_last,longer_one"}
+    )
+    asked = stress.change_problems([shuffled], parameters, Path())
+    (seen,) = asked.problems
+    assert seen == shown(shuffled, seed, 0) and seen.metadata == {"level": 1}
+    as_asked = {label: shown(item.problem, seed, 3) for label, (item,) in asked.changed.items()}
+    others = tuple(option for option in seen.options if option != right)
+    assert as_asked["none_added"].options == (*seen.options, problem_type.NONE_OTHER)
+    assert as_asked["right_first"].options == (right, *others) and as_asked["right_last"].options == (*others, right)
+    for label in ("none_added", "none_right", "longer_one:neutral@2"):
+        assert as_asked[label].reference == seen.reference
+    kept = [a == b for a, b in zip(seen.options, as_asked["none_right"].options, strict=True)]
+    assert kept.count(False) == 1 and not kept[LETTERS.index(seen.reference)]
 
 
 def test_a_confidential_benchmark_leaves_no_text_in_the_list_of_changes():

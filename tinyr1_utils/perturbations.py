@@ -112,9 +112,7 @@ def _moved(problem: Problem, change: Change, materials: Materials, rng: random.R
     others = [option for index, option in enumerate(problem.options) if index != right]
     place = len(others) if last else 0
     others.insert(place, problem.options[right])
-    # Options that a benchmark shuffles would be moved once more.
-    metadata = {name: value for name, value in problem.metadata.items() if name != "shuffled"}
-    return [dataclasses.replace(problem, options=tuple(others), reference=LETTERS[place], metadata=metadata)]
+    return [dataclasses.replace(problem, options=tuple(others), reference=LETTERS[place])]
 
 
 def _choice(problem: Problem, rng: random.Random) -> Problem | None:
@@ -326,15 +324,11 @@ def proof(original: Problem, changed: Problem, change: Change) -> tuple[str, ...
     The length ratio is no invariant: a short option overshoots it, since the shortest clause has 13 characters.
     """
     kept = ("domain", "source", "tests", "setup")
-    before, after = (
-        {name: value for name, value in problem.metadata.items() if name != "shuffled"}
-        for problem in (original, changed)
-    )
     if original_id(changed.id) != original.id or not _CHANGED_ID.search(changed.id):
         broken = f"its id is not that of {original.id} with a change; known are {', '.join(CHANGES)}"
     elif any(getattr(original, name) != getattr(changed, name) for name in kept):
         broken = f"one of {', '.join(kept)} changed"
-    elif before != after:
+    elif original.metadata != changed.metadata:
         broken = "its metadata changed"
     else:
         kind = CHANGES[change.name].kind

@@ -41,18 +41,17 @@ TINYR1_STDIN = (
 def shown(problem: Problem, seed: int, sample_index: int) -> Problem:
     """The problem as one sample sees it: options of a benchmark that is `shuffled` (GPQA) in the sample's own order.
 
-    Deterministic in (seed, problem, sample), so that grading finds the letter again; a changed problem of the stress
-    test keeps its original's orders. The public scripts shuffle without a seed.
+    Deterministic in (seed, problem, sample), so that grading finds the letter again. What is returned is no longer
+    `shuffled`: shown once more, it stays. The public scripts shuffle without a seed.
     """
     if not problem.metadata.get("shuffled"):
         return problem
+    metadata = {name: value for name, value in problem.metadata.items() if name != "shuffled"}
     order = list(range(len(problem.options)))
     random.Random(f"options|{seed}|{problem.metadata['shuffled']}|{sample_index}").shuffle(order)
     options = tuple(problem.options[place] for place in order)
-    if problem.answer_kind != "choice":
-        return dataclasses.replace(problem, options=options)
     right = order.index(LETTERS.index(problem.reference))
-    return dataclasses.replace(problem, options=options, reference=LETTERS[right])
+    return dataclasses.replace(problem, options=options, reference=LETTERS[right], metadata=metadata)
 
 
 def options_block(options: tuple[str, ...]) -> str:

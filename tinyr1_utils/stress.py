@@ -93,9 +93,11 @@ def change_problems(loaded: Sequence[Problem], parameters: StressParameters, cac
 
     The `shots` problems that the benchmark's smallest parts hold serve as examples and are not asked; other problems'
     options are borrowed from the whole benchmark: a larger part asks the problems of a smaller one in the same words.
+    Changes are made of the options in the order that is shown, one for all samples of a problem (`prompts.shown`).
     Texts of a paraphraser are drawn into `cache`. Raises ValueError where too few problems are left.
     """
-    good, refused = usable(loaded)
+    usables, refused = usable(loaded)
+    good = [shown(problem, parameters.seed, 0) for problem in usables]
     examples = subset(good, parameters.shots, parameters.seed) if parameters.shots else []
     problems = [problem for problem in good if problem not in examples]
     if not problems:
@@ -193,12 +195,11 @@ def likelihood_queries(
     """Problem id -> Query of every item whose options can be scored, in the order of the items."""
     queries: dict[str, Query] = {}
     for item in (item for item in items if item.options or item.answer_kind in TRUTHS):
-        seen = shown(item, parameters.seed, 0)
         if kind == LETTER:
-            messages = letter_messages(seen, asked.examples, parameters.protocol)
-            queries[item.id] = letter_query(tokenizer, messages, seen)
+            messages = letter_messages(item, asked.examples, parameters.protocol)
+            queries[item.id] = letter_query(tokenizer, messages, item)
         else:
-            queries[item.id] = option_query(tokenizer, option_messages(seen, asked.examples), seen)
+            queries[item.id] = option_query(tokenizer, option_messages(item, asked.examples), item)
     return queries
 
 
@@ -241,7 +242,7 @@ def stress(stage: Stage, asked: ChangedSet, on_line: Callable[[str], None] = pri
         if set(scorings) & set(wanted):
             values = _log_likelihoods(stage, folder, items, asked, kind, on_line)
             for scoring in scorings:
-                scores[scoring] = likelihood_scores(items, values, scoring, parameters.seed)
+                scores[scoring] = likelihood_scores(items, values, scoring)
     if GENERATED in wanted:
         engine: Callable[[], Engine] = functools.cache(lambda: start_engine(folder, parameters))
         turns = functools.partial(earlier_turns, asked.examples, protocol=parameters.protocol)
@@ -251,7 +252,7 @@ def stress(stage: Stage, asked: ChangedSet, on_line: Callable[[str], None] = pri
     metrics = {}
     for scoring in wanted:
         write_records(stage.path(f"scores-{scoring}.jsonl"), scores[scoring])
-        metrics[scoring] = summarise(asked.problems, asked.changed, scores[scoring], parameters.seed)
+        metrics[scoring] = summarise(asked.problems, asked.changed, scores[scoring])
     return metrics
 
 

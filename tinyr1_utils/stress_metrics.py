@@ -12,7 +12,6 @@ import pandas as pd
 from tinyr1_utils.evaluation import by_problem
 from tinyr1_utils.metrics import Estimate, clustered_mean, interval, paired_difference, rate_interval
 from tinyr1_utils.perturbations import Changed, kind_of, original_id
-from tinyr1_utils.prompts import shown
 from tinyr1_utils.records import LETTERS, TRUTHS, Problem, Score
 
 ORIGINAL, MEAN = "original", "mean"
@@ -24,9 +23,7 @@ def _answer_bytes(problem: Problem, label: str) -> int:
     return len(text.encode())
 
 
-def likelihood_scores(
-    items: Sequence[Problem], values: Mapping[str, Mapping[str, float]], scoring: str, seed: int
-) -> list[Score]:
+def likelihood_scores(items: Sequence[Problem], values: Mapping[str, Mapping[str, float]], scoring: str) -> list[Score]:
     """One score per item that has values: the likeliest answer, the first of equals, against the reference.
 
     `sum` takes the log-likelihood of the whole text, `mean` divides it by the text's UTF-8 bytes (acc and acc_bytes of
@@ -34,11 +31,11 @@ def likelihood_scores(
     """
     scores = []
     for item in (item for item in items if item.id in values):
-        seen, found = shown(item, seed, 0), values[item.id]
+        found = values[item.id]
         if scoring == MEAN:
-            found = {label: value / _answer_bytes(seen, label) for label, value in found.items()}
+            found = {label: value / _answer_bytes(item, label) for label, value in found.items()}
         best = max(found, key=found.__getitem__)
-        right = best == seen.reference
+        right = best == item.reference
         scores.append(Score(item.id, 0, right, "right" if right else "wrong", best, False, 0))
     return scores
 
@@ -70,7 +67,7 @@ def all_right(scores: Sequence[Score]) -> dict[str, list[float]]:
     return {key: list(forms.values()) for key, forms in grouped.items()}
 
 
-def longest_options(problems: Sequence[Problem], scores: Sequence[Score], seed: int) -> dict[str, float | int | None]:
+def longest_options(problems: Sequence[Problem], scores: Sequence[Score]) -> dict[str, float | int | None]:
     """How often the longest option was chosen, of the answers to choices that have one longest: rate, chance.
 
     `longest_chance` is the rate of one who guesses, `longest_problems` are those that count. Length is in characters.
@@ -78,7 +75,7 @@ def longest_options(problems: Sequence[Problem], scores: Sequence[Score], seed: 
     known = {problem.id: problem for problem in problems if problem.answer_kind == "choice"}
     chosen, chance, counted = [], [], set()
     for score in (score for score in scores if score.problem_id in known and score.extracted):
-        lengths = [len(option) for option in shown(known[score.problem_id], seed, score.sample_index).options]
+        lengths = [len(option) for option in known[score.problem_id].options]
         if lengths.count(max(lengths)) == 1:
             chosen.append(LETTERS[lengths.index(max(lengths))] == score.extracted)
             chance.append(1 / len(lengths))
@@ -120,7 +117,7 @@ def flips(original: Mapping[str, Sequence[float]], changed: Mapping[str, Sequenc
 
 
 def summarise(
-    asked: Sequence[Problem], changed: Mapping[str, Sequence[Changed]], scores: Sequence[Score], seed: int
+    asked: Sequence[Problem], changed: Mapping[str, Sequence[Changed]], scores: Sequence[Score]
 ) -> dict[str, dict]:
     """One scoring's metrics: the original, every change that touched a problem, and consistency over all of them.
 
@@ -138,7 +135,7 @@ def summarise(
     estimate = clustered_mean(list(before.values()))
     accuracy = {"accuracy": round(estimate.mean, 6), "stderr": round(estimate.stderr, 6)}
     facts = {"n_problems": estimate.n_problems} | accuracy | no_answers(originals)
-    metrics = {ORIGINAL: facts | longest_options(asked, originals, seed), "changes": {}}
+    metrics = {ORIGINAL: facts | longest_options(asked, originals), "changes": {}}
     always = {key: set(values) for key, values in before.items()}
     for label, items in changed.items():
         problems = [item.problem for item in items]
@@ -147,7 +144,7 @@ def summarise(
             continue
         strict, several = all_right(found), kind_of(label).several
         row = compare(before, values_by_original(problems, found)) | flips(before, strict)
-        row |= longest_options(problems, found, seed) | no_answers(found)
+        row |= longest_options(problems, found) | no_answers(found)
         row["all_right"] = round(clustered_mean(list(strict.values())).mean, 6) if several else None
         metrics["changes"][label] = row
         if not several:
