@@ -23,7 +23,7 @@ from tinyr1_utils.paraphraser import _keeps
 from tinyr1_utils.perturbations import Materials, make_changes, parse_changes
 from tinyr1_utils.prompts import shown
 from tinyr1_utils.records import LETTERS, Problem, Score, require_records, write_records
-from tinyr1_utils.sources import Loaded, load
+from tinyr1_utils.sources import Loaded, load, source_named
 from tinyr1_utils.stress_metrics import (
     all_right,
     compare,
@@ -142,11 +142,28 @@ def test_what_can_not_be_changed_is_named_and_the_rest_is_asked(tmp_path):
     ]  # fmt: skip
     asked = stress.change_problems([*bad, problem("good")], told(tmp_path), tmp_path)
     assert [one.id for one in asked.problems] == ["good"]
-    assert len(asked.refused) == 4 and all(name.id in line for name, line in zip(bad, asked.refused, strict=True))
+    assert [row["id"] for row in asked.left_out] == [one.id for one in bad]
+    assert all(row["id"] in row["reason"] for row in asked.left_out)
     with pytest.raises(
         ValueError, match="no problem is left to ask of 4; problem twins shows one option as A and as B"
     ):
         stress.change_problems(bad, told(tmp_path), tmp_path)
+
+
+def test_what_is_left_out_is_listed_without_a_confidential_text(tmp_path):
+    file = tmp_path / source_named("gpqa-diamond").local_file
+    file.parent.mkdir()
+    options = {"Correct Answer": "wet palms", **{f"Incorrect Answer {n}": f"{n} palms" for n in (1, 2, 3)}}
+    rows = [{"Record ID": name, "Question": "Which palms?"} | options for name in ("good", "twins", "empty")]
+    rows[1]["Incorrect Answer 1"], rows[2]["Question"] = "wet palms", " "
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + '{"Question": "Which palms')
+    parameters = told(tmp_path / "run", benchmark="gpqa-diamond", data_root=str(tmp_path), changes="none_added")
+    _, asked = stress.begin(parameters, lambda line: None)
+    assert [one.id for one in asked.problems] == ["gpqa-diamond-good"]
+    assert [(row.get("id"), row.get("line")) for row in asked.left_out] == [
+        (None, 3), (None, 4), ("gpqa-diamond-twins", None),
+    ]  # fmt: skip
+    assert all(row["reason"] for row in asked.left_out) and "palms" not in json.dumps(asked.left_out)
 
 
 def test_a_problem_stands_before_its_changed_forms():

@@ -4,6 +4,7 @@ The changes are `perturbations`; scores are compared problem by problem. A chang
 problems that it leaves untouched are counted and left out of both sides of its difference.
 """
 
+import dataclasses
 import functools
 import gc
 import hashlib
@@ -47,12 +48,14 @@ GENERATED, LETTER, SUM = "generated", "letter", "sum"
 class ChangedSet:
     """What is asked: the problems that can be used, their changed forms by change, and what was left out and why.
 
-    `examples` are the problems that a few-shot prompt shows; they are not among `problems`.
+    `left_out` has a row for each problem (by id) or line of a file (by number) that is not asked, with the reason, and
+    no text of a confidential benchmark. `examples` are the problems that a few-shot prompt shows; they are not among
+    `problems`.
     """
 
     problems: list[Problem]
     changed: dict[str, list[Changed]]
-    refused: list[str]
+    left_out: list[dict]
     examples: list[Problem]
 
 
@@ -73,9 +76,9 @@ def check(parameters: StressParameters) -> None:
         raise ValueError(f"{benchmark} has no options to score: scorings is generated there")
 
 
-def usable(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
-    """The problems that can be changed at all, and one sentence for each that can not."""
-    good, refused = [], []
+def usable(problems: Sequence[Problem]) -> tuple[list[Problem], list[dict]]:
+    """The problems that can be changed at all, and a row of `left_out` for each that can not."""
+    good, left_out = [], []
     for problem in problems:
         try:
             if problem.answer_kind == "choice":
@@ -84,8 +87,8 @@ def usable(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
                 raise ValueError(f"problem {problem.id} has an empty question; drop it or restore its text")
             good.append(problem)
         except ValueError as error:
-            refused.append(str(error))
-    return good, refused
+            left_out.append({"id": problem.id, "reason": str(error)})
+    return good, left_out
 
 
 def change_problems(loaded: Sequence[Problem], parameters: StressParameters, cache: Path, on_line=print) -> ChangedSet:
@@ -96,12 +99,12 @@ def change_problems(loaded: Sequence[Problem], parameters: StressParameters, cac
     Changes are made of the options in the order that is shown, one for all samples of a problem (`prompts.shown`).
     Texts of a paraphraser are drawn into `cache`. Raises ValueError where too few problems are left.
     """
-    usables, refused = usable(loaded)
+    usables, left_out = usable(loaded)
     good = [shown(problem, parameters.seed, 0) for problem in usables]
     examples = subset(good, parameters.shots, parameters.seed) if parameters.shots else []
     problems = [problem for problem in good if problem not in examples]
     if not problems:
-        first = f"; {refused[0]}" if refused else ""
+        first = f"; {left_out[0]['reason']}" if left_out else ""
         raise ValueError(f"{parameters.benchmark}: no problem is left to ask of {len(loaded)}{first}")
     changes = parse_changes(parameters.changes)
     written = {}
@@ -113,7 +116,7 @@ def change_problems(loaded: Sequence[Problem], parameters: StressParameters, cac
         change.label: [one for problem in problems for one in make_changes(problem, change, materials)]
         for change in changes
     }
-    return ChangedSet(problems, changed, refused, examples)
+    return ChangedSet(problems, changed, left_out, examples)
 
 
 def begin(parameters: StressParameters, on_line=print) -> tuple[Stage, ChangedSet]:
@@ -125,6 +128,8 @@ def begin(parameters: StressParameters, on_line=print) -> tuple[Stage, ChangedSe
     ((_, loaded),) = load_benchmarks(parameters, parameters.benchmark, on_line).items()
     digests = input_digests(parameters, loaded)
     asked = change_problems(loaded.problems, parameters, from_root(parameters.run_dir) / "paraphrases", on_line)
+    lines = [{"file": one.file, "line": one.line_number, "reason": one.reason} for one in loaded.broken]
+    asked = dataclasses.replace(asked, left_out=[*lines, *asked.left_out])
     return open_stage(parameters, inputs=digests), asked
 
 
