@@ -130,6 +130,7 @@ SIBLINGS = {
     ("generation", "endpoints"): "one function in front of every engine",
     ("endpoints", "engines"): "a server has the settings of the in-process engine",
     ("endpoints", "launch"): "a server finds its programs as a job does",
+    ("generation", "launch"): "what is short of memory is known by one list of words",
     ("chat_templates", "backbones"): "a config may name the backbone's own template",
     ("generation", "chat_templates"): "prompts are rendered as the model was trained",
     ("generation", "artifacts"): "a shard's work belongs to the stage that would take up an interrupted run's",

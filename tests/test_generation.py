@@ -1,6 +1,7 @@
 """What `sample` keeps, draws and writes, with a plain engine; prompts and tokenizers with real model folders."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -13,13 +14,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import REPOSITORY
+from test_launch import SHORTAGES
 
+from tinyr1_utils import launch
 from tinyr1_utils.answers import final_text
 from tinyr1_utils.artifacts import Stage, all_digests, completed, open_stage, resume_key
 from tinyr1_utils.chat_templates import load_tokenizer
 from tinyr1_utils.config import EvaluationParameters, load_config, stage_parameters
 from tinyr1_utils.engines import Request
 from tinyr1_utils.generation import (
+    ENGINE_ENDED,
     CompletionsFile,
     draw_into,
     draw_shard,
@@ -163,6 +167,31 @@ drawn(Path({str(path)!r}), Plain())
     assert len(rows) == 7 and len(broken) == 1
     drawn(path, Plain())
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES)
+@pytest.mark.parametrize("starting", [True, False])
+def test_a_shortage_of_memory_is_one_sentence_and_not_tried_again(tmp_path, shortage, starting):
+    def engine():
+        return SHORTAGES[shortage]() if starting else lambda chunk, keep: SHORTAGES[shortage]()
+
+    sentence = r"^out of memory while sampling \(.+\): lower max_seq_tokens.*chunk_size.*gpu_memory_share.*memory_gib"
+    with pytest.raises(MemoryError, match=sentence) as said:
+        sample(BACKBONE, PROBLEMS, tmp_path / "c.jsonl", settings(), engine, lambda line: None)
+    assert launch.AGAIN not in str(said.value) and "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(("theirs", "again"), list(zip(ENGINE_ENDED, (False, True), strict=True)))
+def test_an_engine_process_that_ended_is_one_sentence(tmp_path, theirs, again):
+    vllm = Path(importlib.util.find_spec("vllm").origin).parent / "v1/engine"
+    assert any(theirs in path.read_text() for path in vllm.glob("*.py"))
+
+    def engine():
+        raise RuntimeError(f"{theirs}. See above.")
+
+    with pytest.raises(RuntimeError, match=r"^vLLM's engine .*, as its lines above say.*memory_gib") as said:
+        sample(BACKBONE, PROBLEMS, tmp_path / "c.jsonl", settings(), engine, lambda line: None)
+    assert (launch.AGAIN in str(said.value)) == again
 
 
 def test_drawing_into_a_file_leaves_its_other_rows(tmp_path, whole):

@@ -8,12 +8,28 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tinyr1_utils import launch
 from tinyr1_utils.config import load_config, stage_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
+# Real ones where a machine without a GPU has them; the others as torch, C++ and vLLM word them.
+SHORTAGES = {
+    "Python": lambda: bytearray(2**62),
+    "numpy": lambda: np.empty(2**55),
+    "torch": lambda: torch.empty(2**55),
+    "CUDA": lambda: raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 80 GiB")),
+    "C++": lambda: raised(RuntimeError("std::bad_alloc")),
+    "Linux": lambda: raised(OSError(12, "Cannot allocate memory")),
+    "vLLM": lambda: raised(ValueError("No available memory for the cache blocks. Try increasing `x`")),
+}
+
+
+def raised(error: Exception):
+    raise error
 
 
 def alive(pid: int) -> bool:
@@ -217,7 +233,7 @@ def test_srun_is_refused_outside_a_slurm_job(parameters, monkeypatch):
         ("print('a line'); print('ERROR  the rows are empty'); raise SystemExit(1)", r"^the rows are empty$"),
         (
             "import os; os.kill(os.getpid(), 9)",
-            r"^a process of the job was ended by SIGKILL, perhaps for want of memory",
+            r"^a process of the job was ended by SIGKILL, perhaps for want of memory: run the stage again.*memory_gib",
         ),
         ("import os; os.kill(os.getpid(), 15)", r"^a process of the job was ended by SIGTERM: run the stage again"),
         (
@@ -229,3 +245,15 @@ def test_srun_is_refused_outside_a_slurm_job(parameters, monkeypatch):
 def test_what_ended_a_job_is_one_sentence(code, sentence):
     with pytest.raises(RuntimeError, match=sentence):
         launch.run([sys.executable, "-c", code], lambda line: None)
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES)
+def test_a_shortage_of_memory_is_known_by_the_line_that_says_so(shortage):
+    with pytest.raises((MemoryError, RuntimeError, OSError, ValueError)) as met:
+        SHORTAGES[shortage]()
+    line = launch.short_of_memory(met.value)
+    assert line and launch.short_of_memory(f"loading\n  {line}\nthe engine ended") == line
+
+
+def test_another_error_is_no_shortage_of_memory():
+    assert not launch.short_of_memory(ValueError("the memory plan does not fit: 3 GiB of 2"))

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_launch import SHORTAGES
 from transformers import AutoModelForCausalLM
 
-from tinyr1_utils import branches, evaluation, sft
+from tinyr1_utils import branches, evaluation, launch, sft
 from tinyr1_utils.artifacts import finish_stage, open_stage
 from tinyr1_utils.chat_templates import load_tokenizer, template_facts
 from tinyr1_utils.config import EvaluationParameters, SftParameters, from_root, load_config, stage_parameters
@@ -174,6 +175,18 @@ def kill_processes(folder: Path, number: int | None = None) -> None:
     for pid in processes(folder)[:number]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES)
+def test_a_shortage_of_memory_is_one_sentence_and_not_tried_again(shortage):
+    with pytest.raises((MemoryError, RuntimeError, OSError, ValueError)) as met:
+        SHORTAGES[shortage]()
+    assert sft.sentence(met.value) == f"out of memory: {sft.NO_MEMORY}" and launch.AGAIN not in sft.NO_MEMORY
+
+
+def test_another_error_of_a_training_is_its_first_line():
+    assert sft.sentence(ValueError("\n no rows: curate some\nmore")) == "no rows: curate some"
+    assert sft.sentence(KeyError()) == "KeyError"
 
 
 @pytest.mark.slow

@@ -19,10 +19,21 @@ from tinyr1_utils.chat_templates import load_tokenizer, template_text
 from tinyr1_utils.config import GenerationParameters, from_root
 from tinyr1_utils.endpoints import endpoint_engine, server_engine
 from tinyr1_utils.engines import ENGINES, Engine, Request
+from tinyr1_utils.launch import AFTER_A_KILL, short_of_memory
 from tinyr1_utils.prompts import chat, shown
 from tinyr1_utils.records import Completion, Problem, read_records, to_json, write_records
 
 REPORT_S = 5.0  # between two lines of progress inside a chunk
+NO_MEMORY = (
+    "lower max_seq_tokens (a teacher's teacher_max_new_tokens), chunk_size or gpu_memory_share (raise the last where "
+    "vLLM has no room for its cache), or take more GPUs (tensor_parallel) or memory (resources.<stage>.memory_gib on a "
+    "cluster)"
+)
+# What vLLM says of an engine in a process of its own, which has said why by itself -> what we say.
+ENGINE_ENDED = {
+    "Engine core initialization failed": f"vLLM's engine did not start, as its lines above say; for memory {NO_MEMORY}",
+    "EngineCore encountered an issue": f"vLLM's engine ended, as its lines above say: {AFTER_A_KILL}",
+}
 
 
 def sample_seed(seed: int, problem_id: str, sample_index: int) -> int:
@@ -101,6 +112,19 @@ def rendered_requests(
     template = template_text(parameters.template_override, parameters.backbone)
     tokenizer = None if parameters.backend == "endpoint" else load_tokenizer(model, template)
     return requests(problems, tokenizer, parameters, earlier=earlier)
+
+
+@contextlib.contextmanager
+def _named_shortages() -> Iterator[None]:
+    """Errors for want of memory as one sentence with the remedy, and those of an engine that ended."""
+    try:
+        yield
+    except Exception as error:
+        if line := short_of_memory(error):
+            raise MemoryError(f"out of memory while sampling ({line[:200]}): {NO_MEMORY}") from None
+        if said := next((ours for theirs, ours in ENGINE_ENDED.items() if theirs in str(error)), ""):
+            raise RuntimeError(said) from None
+        raise
 
 
 def start_engine(model: Path | None, parameters: GenerationParameters) -> Engine:
@@ -238,13 +262,14 @@ def draw_into(
     CPU, ends with the same bytes; an endpoint and transformers each completion. `engine` is called only when something
     is left to sample, `on_chunk` with what is there already and then with each finished chunk. No chunk begins once
     `go_on` says False: then the completions that are returned, in the order of `wanted`, are not all of them.
-    Raises OSError when the disk is full, ValueError for a prompt that is too long.
+    Raises OSError when the disk is full, ValueError for a prompt that is too long, MemoryError with what to lower.
     """
     there = [file.rows[request.key] for request in wanted if request.key in file.rows]
     if there:
         on_progress(f"{file.path.name}: {len(there)} of {len(wanted)} completions are there already")
         on_chunk(there)
-    complete = engine() if len(there) < len(wanted) and go_on() else None
+    with _named_shortages():
+        complete = engine() if len(there) < len(wanted) and go_on() else None
     progress = _Progress(file.path.name, len(wanted), len(there), on_progress)
     for number, start in enumerate(range(0, len(wanted), parameters.chunk_size)):
         chunk = [request for request in wanted[start : start + parameters.chunk_size] if request.key not in file.rows]
@@ -258,7 +283,8 @@ def draw_into(
             file.append(done)
             progress.add(done, chunk_end)
 
-        completions = complete(chunk, keep)
+        with _named_shortages():
+            completions = complete(chunk, keep)
         file.close_chunk(number, completions, time.monotonic() - started)
         on_chunk(completions)
     return [file.rows[request.key] for request in wanted if request.key in file.rows]

@@ -33,8 +33,18 @@ _FORWARDED = re.compile(
     r"|(ACCELERATE|DS|GLOO|HF|MKL|NCCL|OMP|TOKENIZERS|TORCH\w*|TQDM|TRANSFORMERS|TRITON|UCX|WANDB)_"
 )
 AGAIN = "run the stage again"  # stands in every error that another attempt may not meet
+AFTER_A_KILL = (
+    f"{AGAIN}, it goes on where it was; where memory was short, make batches or chunks smaller or give the stage more "
+    "(resources.<stage>.memory_gib on a cluster)"
+)
 ERROR = "ERROR  "  # a job's last words: what went wrong, in one sentence
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+# What Python, numpy, C++, torch, CUDA and vLLM say when they get no memory.
+_SHORT_OF_MEMORY = re.compile(
+    r"MemoryError|out of memory|allocate memory|Unable to allocate|bad_alloc|STATUS_ALLOC_FAILED"
+    r"|No available memory for the cache blocks|larger than the available KV cache|less than desired GPU memory",
+    re.IGNORECASE,
+)
 _CRASHES = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
 # What torchrun and DeepSpeed's launcher say of a worker that a signal ended.
 _SIGNAL = re.compile(r"Signal (\d+) \(SIG\w+\) received|exitcode\s*:\s*-(\d+)|exits with return code = -(\d+)")
@@ -69,6 +79,12 @@ def temporary_folder(place: Path) -> Iterator[Path]:
             os.environ["TMPDIR"] = before
         tempfile.tempdir = None
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def short_of_memory(said: BaseException | str) -> str:
+    """The line of an error, or of what a program said, that tells that it got no memory; empty where none does."""
+    text = said if isinstance(said, str) else f"{type(said).__name__}: {said}"
+    return next((line.strip() for line in text.splitlines() if _SHORT_OF_MEMORY.search(line)), "")
 
 
 def search_path() -> str:
@@ -214,9 +230,10 @@ def _reason(code: int, said: str, ended_by: int, last: Sequence[str]) -> str:
     how = f"the job ended with code {code}"
     if ended_by:
         how = f"a process of the job was ended by {signal.Signals(ended_by).name}"
+    if ended_by == signal.SIGKILL:
+        return f"{how}, perhaps for want of memory: {AFTER_A_KILL}"
     if ended_by and ended_by not in _CRASHES:
-        memory = ", perhaps for want of memory" if ended_by == signal.SIGKILL else ""
-        return f"{how}{memory}: {AGAIN}, it goes on where it was"
+        return f"{how}: {AGAIN}, it goes on where it was"
     lost = f"; it lost a process: {AGAIN}" if any(sign in line for line in last for sign in LOST_PEER) else ""
     return f"{how}{lost}; its last lines:\n" + "\n".join(last)
 

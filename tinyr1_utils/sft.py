@@ -38,7 +38,6 @@ from tinyr1_utils.sft_data import Prepared, held_out_frame, mask_frame, prepare,
 from tinyr1_utils.sft_trainer import LOSS_COLUMNS, held_out_losses, kernels, loss_rows, make_trainer
 
 TRAINED, HELD_OUT_BEFORE = "trained", "held_out_before.json"
-SHORT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 NO_MEMORY = (
     "lower per_device_batch_size (and raise gradient_accumulation) or max_seq_tokens, set gradient_checkpointing or "
     "zero_stage 3, or train a LoRA (method: lora); the memory plan says what each gives"
@@ -283,6 +282,13 @@ def leave_together() -> None:
         os._exit(0)
 
 
+def sentence(error: Exception) -> str:
+    """What ended a training, in one line."""
+    if launch.short_of_memory(error):
+        return f"out of memory: {NO_MEMORY}"
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def main() -> None:
     """The job that a launcher starts. An error's sentence comes last, behind ERROR, for `launch.run` to repeat."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -295,9 +301,7 @@ def main() -> None:
         traceback.print_exc()
         if any(sign in str(error) for sign in launch.LOST_PEER):
             raise SystemExit(1) from None  # the process that ended first has the reason
-        short = any(sign in str(error).lower() for sign in SHORT_OF_MEMORY)
-        sentence = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        print(f"{launch.ERROR}{f'out of memory: {NO_MEMORY}' if short else sentence}", flush=True)
+        print(f"{launch.ERROR}{sentence(error)}", flush=True)
         raise SystemExit(1) from None
 
 

@@ -174,7 +174,7 @@ def execute(parameters: StageParameters) -> Path:
     except RuntimeError as error:  # nbclient's DeadKernelError, jupyter_client's for one that never answered
         fail(
             f"{label}: the kernel of notebook {source.name} died in code cell {len(seen)} of {code_cells}, killed from "
-            f"outside or for want of memory ({error}): {launch.AGAIN}, it goes on where it was"
+            f"outside or for want of memory ({error}): {launch.AFTER_A_KILL}"
         )
     except OSError as error:
         fail(f"{label}: can not write {named}: {error.strerror or error}")
