@@ -12,7 +12,7 @@ from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
 
 from tinyr1_utils import cluster
-from tinyr1_utils.config import Resources, load_config
+from tinyr1_utils.config import Resources, RunConfig, load_config
 
 
 class Asked(dict):
@@ -52,12 +52,18 @@ def test_a_stage_of_one_node(gpus, more):
     assert found == {"nodes": "1", "cpus-per-task": "3", "mem": "2048", "t": "7"} | more
 
 
+def paper(**changes) -> RunConfig:
+    """The paper's run, with changes of what its trainings share."""
+    config = load_config("configs/tinyr1-32b.yaml")
+    return config.model_copy(update={"sft": config.sft.model_copy(update={"shared": config.sft.shared | changes})})
+
+
 def test_a_hostfile_is_refused_before_anything_is_submitted():
+    cluster.check_launchers(paper())
     with pytest.raises(
         ValueError, match=r"sft\.variants\.math: a job of a cluster has its own nodes: set launcher: srun"
     ):
-        cluster.check_launchers(load_config("configs/tinyr1-32b.yaml"))
-    cluster.check_launchers(load_config("configs/micro.yaml"))
+        cluster.check_launchers(paper(launcher="deepspeed", hostfile="hostfile"))
 
 
 @pytest.fixture

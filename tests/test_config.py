@@ -237,8 +237,8 @@ def test_tinyr1_settings_that_all_branches_share():
         assert (p.adam_beta1, p.adam_beta2, p.adam_epsilon) == (0.9, 0.95, 1e-8)
         assert (p.weight_decay, p.max_grad_norm, p.seed, p.save_steps) == (0.01, 1.0, 42, 200)
         assert (p.max_seq_tokens, p.per_device_batch_size, p.num_processes) == (16384, 1, 32)
-        assert (p.launcher, p.zero_stage, p.precision, p.attention) == ("deepspeed", 3, "bfloat16", "flash_attention_2")
-        assert p.gradient_checkpointing and p.use_liger_kernel and p.hostfile
+        assert (p.launcher, p.zero_stage, p.precision, p.attention) == ("srun", 3, "bfloat16", "flash_attention_2")
+        assert p.gradient_checkpointing and p.use_liger_kernel
     resources = PAPER.stage_resources("sft")
     assert (resources.nodes, resources.gpus) == (4, 8)
 

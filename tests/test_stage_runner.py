@@ -325,8 +325,9 @@ def planned(output: str) -> dict[str, int]:
     return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE)}
 
 
-def test_the_papers_run_is_planned_and_nothing_is_run(project):
-    done = runner(project, "all", "--config", "configs/tinyr1-32b.yaml", "--dry-run", "--cores", "2")
+@pytest.mark.parametrize("how", [("--cores", "2"), ("--profile", "configs/slurm")])
+def test_the_papers_run_is_planned_and_nothing_is_run(project, how):
+    done = runner(project, "all", "--config", "configs/tinyr1-32b.yaml", "--dry-run", *how)
     assert done.returncode == 0, done.stderr
     jobs = planned(done.stdout + done.stderr)
     jobs.pop("total")
