@@ -32,6 +32,14 @@ def facts_of(stage):
     return lambda wildcards: json.dumps(stage_parameters(RUN, stage, wildcards.variant).facts(), sort_keys=True)
 
 
+def cores_of(stage):
+    return lambda wildcards: RUN.stage_resources(stage, wildcards.variant).cores
+
+
+def resource_of(stage, name):
+    return lambda wildcards: job_resources(RUN.stage_resources(stage, wildcards.variant))[name]
+
+
 # Long training first, then what waits for it: at the end of a run no core should wait for one long job.
 PRIORITY = {"curation": 4, "sft": 3, "merge": 2, "stress": 1}
 
@@ -58,10 +66,10 @@ for STAGE, parameters in STAGES.items():
             stage=STAGE,
             facts=facts_of(STAGE),
         priority: PRIORITY.get(STAGE, 0)
-        threads: RUN.stage_resources(STAGE).cores
+        threads: cores_of(STAGE)
         resources:
             attempt=lambda wildcards, attempt: attempt,
-            **job_resources(RUN.stage_resources(STAGE)),
+            **{name: resource_of(STAGE, name) for name in job_resources(RUN.stage_resources(STAGE))},
         log:
             f"{RUN.run_dir}/{STAGE}/{{variant}}/{LOG}",
         shell:

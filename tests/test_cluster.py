@@ -1,5 +1,6 @@
 """What jobs ask of Slurm, by the plugin that submits them, and how a run finds its own (tests/cluster: a real one)."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from snakemake_executor_plugin_slurm.utils import set_gres_string
 
 from tinyr1_utils import cluster
 from tinyr1_utils.config import Resources, RunConfig, load_config
+from tinyr1_utils.preflight import check_engines, check_names
 
 
 class Asked(dict):
@@ -23,12 +25,13 @@ class Asked(dict):
 
 def submitted(asked: Resources) -> str:
     """The sbatch line of a job with these resources."""
-    job = SimpleNamespace(resources=Asked(cluster.job_resources(asked)), threads=asked.cores)
-    named = dict.fromkeys(("run_uuid", "slurm_logfile", "comment_str", "workdir"), "x") | {
+    named = {name: value for name, value in cluster.job_resources(asked).items() if value is not None}
+    job = SimpleNamespace(resources=Asked(named), threads=asked.cores)
+    words = dict.fromkeys(("run_uuid", "slurm_logfile", "comment_str", "workdir"), "x") | {
         "account": "",
         "partition": "",
     }
-    return get_submit_command(job, named) + set_gres_string(job)
+    return get_submit_command(job, words) + set_gres_string(job)
 
 
 def options(line: str) -> dict[str, str]:
@@ -52,18 +55,62 @@ def test_a_stage_of_one_node(gpus, more):
     assert found == {"nodes": "1", "cpus-per-task": "3", "mem": "2048", "t": "7"} | more
 
 
-def paper(**changes) -> RunConfig:
-    """The paper's run, with changes of what its trainings share."""
+def paper(stage: str, **changes) -> RunConfig:
+    """The paper's run, with changes of what a stage's variants share, or of its first variant's own resources."""
     config = load_config("configs/tinyr1-32b.yaml")
-    return config.model_copy(update={"sft": config.sft.model_copy(update={"shared": config.sft.shared | changes})})
+    section, own = getattr(config, stage), {"resources": changes.pop("resources", {})}
+    variants = section.variants | {name: section.variants[name] | own for name in list(section.variants)[:1]}
+    section = section.model_copy(update={"shared": section.shared | changes, "variants": variants})
+    return config.model_copy(update={stage: section})
+
+
+def test_a_variant_asks_for_resources_of_its_own():
+    config = paper("evaluation", resources={"gpus": 1, "minutes": 90})
+    jobs = {name: options(submitted(config.stage_resources("evaluation", name))) for name in ("backbone", "math")}
+    assert jobs["backbone"] == jobs["math"] | {"gres": "gpu:1", "t": "90"}
+    assert jobs["math"]["gres"] == "gpu:8"
+    check_names(config)  # its own resources are no parameter of the notebook
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, ""),
+        ({"resources": {"gpus": 1}}, r"backbone: tensor_parallel 8 x .* needs 8 GPUs, resources name 1 on 1 nodes"),
+        ({"data_parallel": 2}, r"tensor_parallel 8 x pipeline_parallel 1 x data_parallel 2 needs 16 GPUs, .* 8 on 1"),
+        ({"pipeline_parallel": 2, "resources": {"nodes": 2}}, "16 GPUs, a node has 8: only distributed_backend 'ray'"),
+        ({"tensor_parallel": 1, "pipeline_parallel": 8}, ""),
+        ({"data_parallel": 2, "backend": "endpoint", "endpoint_url": "http://localhost/v1"}, ""),
+        ({"data_parallel": 2, "resources": {"gpus": 0}}, r"evaluation\.variants\.math: .* needs 16 GPUs"),
+    ],
+)
+def test_engines_are_held_against_the_gpus_of_their_job(changes, sentence):
+    with pytest.raises(ValueError, match=sentence) if sentence else contextlib.nullcontext():
+        check_engines(paper("evaluation", **changes))
+
+
+def test_an_engine_of_two_nodes_is_rays():
+    spread = {"pipeline_parallel": 2, "distributed_backend": "ray"}
+    config = paper("evaluation", **spread)
+    with pytest.raises(ValueError, match="16 GPUs, resources name 8 on 1 nodes"):
+        check_engines(config)
+    two = {"evaluation": config.resources["evaluation"].model_copy(update={"nodes": 2})}
+    check_engines(config.model_copy(update={"resources": config.resources | two}))
 
 
 def test_a_hostfile_is_refused_before_anything_is_submitted():
-    cluster.check_launchers(paper())
+    cluster.check_launchers(paper("sft"))
     with pytest.raises(
         ValueError, match=r"sft\.variants\.math: a job of a cluster has its own nodes: set launcher: srun"
     ):
-        cluster.check_launchers(paper(launcher="deepspeed", hostfile="hostfile"))
+        cluster.check_launchers(paper("sft", launcher="deepspeed", hostfile="hostfile"))
+
+
+def test_a_training_has_the_nodes_of_its_job():
+    with pytest.raises(
+        ValueError, match=r"sft\.variants\.math: num_nodes is 4, and its job asks for 2: make num_nodes"
+    ):
+        cluster.check_launchers(paper("sft", resources={"nodes": 2}))
 
 
 @pytest.fixture

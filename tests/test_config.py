@@ -79,6 +79,18 @@ def test_every_config_loads_and_resolves(path):
             "merge, evaluation, stress, analysis; did you mean 'sft'?",
         ),
         (
+            "evaluation.variants.math.resources",
+            {"gpu": 2},
+            "evaluation.variants.math.resources: unknown key 'gpu'; did you mean 'gpus'?",
+        ),
+        ("evaluation.variants.math.resources", 2, "evaluation.variants.math.resources must be a mapping such as"),
+        ("evaluation.shared.resources", {"gpus": 2}, "evaluation.variants.backbone: unknown key 'resources'"),
+        (
+            "evaluation.shared",
+            MICRO["evaluation"]["shared"] | {"distributed_backend": "ray", "data_parallel": 2},
+            "distributed_backend 'ray' spreads one engine over nodes: set data_parallel to 1",
+        ),
+        (
             "sft.shared.learning_rat",
             0.1,
             "sft.variants.math: unknown key 'learning_rat'; did you mean 'learning_rate'?",

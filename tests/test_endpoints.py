@@ -234,7 +234,10 @@ def test_a_url_without_its_beginning_is_named():
 
 
 def test_our_servers_flags_are_the_in_process_engines_settings(tmp_path):
-    flags = server_command(tmp_path, settings(data_parallel=2, tensor_parallel=4, dtype="bfloat16"), on_cpu=False)[3:]
-    for flag in ("--data-parallel-size 2", "--tensor-parallel-size 4", "--dtype bfloat16", "--no-enforce-eager",
+    told = settings(data_parallel=2, tensor_parallel=4, pipeline_parallel=3, dtype="bfloat16")
+    flags = server_command(tmp_path, told, on_cpu=False)[3:]
+    assert "--distributed-executor-backend" not in flags, "vLLM's own choice"
+    for flag in ("--data-parallel-size 2", "--tensor-parallel-size 4", "--pipeline-parallel-size 3",
+                 "--dtype bfloat16", "--no-enforce-eager",
                  "--enable-prefix-caching", f"--model {tmp_path}", "--max-model-len 512"):  # fmt: skip
         assert flag in " ".join(flags)

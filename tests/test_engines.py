@@ -17,6 +17,7 @@ from conftest import REPOSITORY
 from test_generation import BACKBONE, settings
 
 from tinyr1_utils.endpoints import server_command, start_server, stop_server
+from tinyr1_utils.engines import check_gpus, vllm_settings
 from tinyr1_utils.records import Completion, read_records, require_records
 
 GREEDY = {"limit": 6, "n_samples": 1, "temperature": 0.0, "chunk_size": 6}
@@ -154,7 +155,7 @@ def session_of(parent: int) -> set[int]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_engines_side_by_side_complete_alike_and_end_with_their_process(greedy, tmp_path):
-    process = start(tmp_path, stay_s=600, data_parallel=2, **GREEDY)
+    process = start(tmp_path, stay_s=600, data_parallel=2, distributed_backend="mp", **GREEDY)
     path = tmp_path / "completions.jsonl"
     wait_for_rows(process, path, 6)
     while not (tmp_path / "threads").is_file():
@@ -177,3 +178,25 @@ def test_a_server_that_does_not_start_says_why(tmp_path):
     assert process.returncode == 1 and "RuntimeError: the vLLM server did not start; its last lines:" in output
     assert "max_model_len" in output
     assert not session_of(process.pid)
+
+
+def test_ray_is_asked_for_with_its_remedy(monkeypatch):
+    """No ray here. Several nodes need a cluster of it: what this machine has is not enough for two parts of a model."""
+    ray, there = settings(distributed_backend="ray", tensor_parallel=8, pipeline_parallel=2), {}
+    monkeypatch.setattr("importlib.util.find_spec", there.get)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match="'ray' needs Ray: `pip install ray` into the environment, and for several"):
+        check_gpus(ray)
+    there["ray"] = True
+    with pytest.raises(
+        ValueError, match=r"tensor_parallel 8 x pipeline_parallel 2 .* needs 16 GPUs, there are 8: .*RAY"
+    ):
+        check_gpus(ray)
+    monkeypatch.setenv("RAY_ADDRESS", "node1:6379")
+    assert check_gpus(ray) == 8
+    with pytest.raises(ValueError, match="needs 16 GPUs, there are 8: lower one of them"):
+        check_gpus(settings(tensor_parallel=8, pipeline_parallel=2))
+    given = vllm_settings(BACKBONE, ray, on_cpu=False)
+    assert (given["pipeline_parallel_size"], given["distributed_executor_backend"]) == (2, "ray")
+    assert "distributed_executor_backend" not in vllm_settings(BACKBONE, settings(), on_cpu=False)

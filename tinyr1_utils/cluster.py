@@ -11,27 +11,38 @@ from tinyr1_utils.config import Resources, RunConfig, project_root, stage_parame
 RETRY_S, RETRIES = 5.0, 24  # of asking Slurm
 
 
-def job_resources(asked: Resources) -> dict[str, int | str]:
-    """A job's resources by the names of Snakemake's Slurm executor; its threads are the cores.
+def job_resources(asked: Resources) -> dict[str, int | str | None]:
+    """A job's resources by the names of Snakemake's Slurm executor, None what it does not ask for; threads are cores.
 
     A job of several nodes starts its workers itself (launcher `srun`), by one task for each node. On one machine stages
     that want a GPU run one after the other (`gpu_stage`), since nothing there tells them which one to take.
     """
-    resources = {"nodes": asked.nodes, "mem_mb": asked.memory_gib * 1024, "runtime": asked.minutes}
-    if asked.gpus:
-        resources |= {"gres": f"gpu:{asked.gpus}", "gpu_stage": 1}
-    if asked.nodes > 1:
-        resources |= {"mpi": "srun", "tasks": asked.nodes, "tasks_per_gpu": 0}
-    return resources
+    several = asked.nodes > 1
+    return {
+        "nodes": asked.nodes,
+        "mem_mb": asked.memory_gib * 1024,
+        "runtime": asked.minutes,
+        "gres": f"gpu:{asked.gpus}" if asked.gpus else None,
+        "gpu_stage": 1 if asked.gpus else None,
+        "mpi": "srun" if several else None,
+        "tasks": asked.nodes if several else None,
+        "tasks_per_gpu": 0 if several else None,
+    }
 
 
 def check_launchers(config: RunConfig) -> None:
-    """ValueError for a training that would start workers by ssh, outside of its job."""
+    """ValueError for a training that would start workers outside of its job, or on fewer or more nodes than it has."""
     for variant in config.sft.variants:
-        if stage_parameters(config, "sft", variant).hostfile:
+        parameters, nodes = stage_parameters(config, "sft", variant), config.stage_resources("sft", variant).nodes
+        if parameters.hostfile:
             raise ValueError(
                 f"sft.variants.{variant}: a job of a cluster has its own nodes: set launcher: srun, num_nodes to "
                 "resources.sft.nodes, and hostfile: ''"
+            )
+        if parameters.num_nodes != nodes:
+            raise ValueError(
+                f"sft.variants.{variant}: num_nodes is {parameters.num_nodes}, and its job asks for {nodes}: make "
+                "num_nodes and resources.sft.nodes equal"
             )
 
 

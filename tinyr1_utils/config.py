@@ -309,7 +309,8 @@ class GenerationParameters(DownstreamParameters):
     """What evaluation and stress test share: a model, how it is sampled, and how its answers are graded."""
 
     not_facts: ClassVar[frozenset[str]] = StageParameters.not_facts | {
-        "workers", "gpu_memory_share", "endpoint_url", "concurrency", "data_parallel",
+        "workers", "gpu_memory_share", "endpoint_url", "concurrency", "data_parallel", "pipeline_parallel",
+        "distributed_backend",
     }  # fmt: skip
     resumable: ClassVar[frozenset[str]] = frozenset({"limit", "n_samples", "time_limit_s", "memory_mb", "isolation"})
     model: str
@@ -331,6 +332,8 @@ class GenerationParameters(DownstreamParameters):
     chunk_size: Chunk
     tensor_parallel: Positive
     data_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    distributed_backend: Literal["", "mp", "ray"] = ""
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)]
     threads: Positive
     isolation: Literal["bubblewrap", "none"] = "bubblewrap"
@@ -354,6 +357,17 @@ class GenerationParameters(DownstreamParameters):
             )
         check_url("endpoint_url", self.endpoint_url)
         return self
+
+    @model_validator(mode="after")
+    def ray_carries_one_engine(self) -> "GenerationParameters":
+        if self.distributed_backend == "ray" and self.data_parallel > 1:
+            raise ValueError("distributed_backend 'ray' spreads one engine over nodes: set data_parallel to 1")
+        return self
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that all engines of this model take."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
     def upstream(self) -> tuple[str, ...]:
         return () if self.model == BACKBONE else (self.model,)
@@ -460,7 +474,7 @@ STAGES: dict[str, type[StageParameters]] = {
 
 
 class StageConfig(BaseModel):
-    """One stage's section: values shared by its variants, and what each variant sets itself."""
+    """One stage's section: values shared by its variants, and what each variant sets itself, `resources` included."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     shared: dict[str, Any] = {}
@@ -509,8 +523,13 @@ class RunConfig(BaseModel):
     def run_dir(self) -> str:
         return f"papermill_runs/{self.name}"
 
-    def stage_resources(self, stage: str) -> Resources:
-        return self.resources.get(stage, Resources())
+    def stage_resources(self, stage: str, variant: str = "", where: str = "config") -> Resources:
+        """What a job of a stage asks for: the stage's `resources`, and over them the variant's own."""
+        asked, own = self.resources.get(stage, Resources()), getattr(self, stage).variants.get(variant) or {}
+        where = f"{where}: {stage}.variants.{variant}.resources"
+        if not isinstance(own.get("resources", {}), dict):
+            raise ValueError(f"{where} must be a mapping such as {{gpus: 1}}")
+        return validated(Resources, asked.model_dump() | own.get("resources", {}), where)
 
 
 def _known_keys(model: type[BaseModel], location: tuple) -> list[str]:
@@ -580,6 +599,7 @@ def load_config(path: str | Path, *, data_root: str = "", name: str = "") -> Run
     config = validated(RunConfig, {**values, **overrides}, str(path))
     names_of_all = planned(config)
     for stage, variant in (name.split("/", 1) for name in names_of_all):
+        config.stage_resources(stage, variant, str(path))
         for needed in stage_parameters(config, stage, variant, str(path)).upstream():
             if needed not in names_of_all:
                 raise ValueError(
@@ -601,7 +621,8 @@ def stage_parameters(config: RunConfig, stage: str, variant: str, where: str = "
         )
     fields = STAGES[stage].model_fields
     run_wide = {name: getattr(config, name) for name in ("backbone", "chat_template", "data_root", "seed", "title")}
-    place, own = {"run_dir": config.run_dir, "variant": variant}, section.shared | (section.variants[variant] or {})
+    own = section.shared | {k: v for k, v in (section.variants[variant] or {}).items() if k != "resources"}
+    place = {"run_dir": config.run_dir, "variant": variant}
     where = f"{where}: {stage}.variants.{variant}"
     for key in place.keys() & own.keys():
         raise ValueError(f"{where}: {key} is not set here: a stage lies where the run's and the variant's name say")

@@ -3,6 +3,7 @@
 Writes no file and does not know what a chunk is part of: that is `generation`. Servers are `endpoints`.
 """
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -53,16 +54,38 @@ def room(request: Request, parameters: GenerationParameters) -> int:
 
 
 def check_gpus(parameters: GenerationParameters) -> int:
-    """GPUs of this machine. ValueError where there are some, but fewer than the engines of the parameters need."""
+    """GPUs of this machine. ValueError where there are some, but fewer than the engines need, and no Ray has more."""
     import torch
 
-    there, needed = torch.cuda.device_count(), parameters.tensor_parallel * parameters.data_parallel
-    if there and needed > there:
+    there, ray = torch.cuda.device_count(), parameters.distributed_backend == "ray"
+    if ray and not importlib.util.find_spec("ray"):
         raise ValueError(
-            f"tensor_parallel {parameters.tensor_parallel} x data_parallel {parameters.data_parallel} needs {needed} "
-            f"GPUs, there are {there}: lower one of them"
+            "distributed_backend 'ray' needs Ray: `pip install ray` into the environment, and for several nodes a "
+            "running Ray cluster, its address in RAY_ADDRESS"
+        )
+    if there and parameters.gpus > there and not (ray and os.environ.get("RAY_ADDRESS")):
+        raise ValueError(
+            f"{parallel_sizes(parameters)} needs {parameters.gpus} GPUs, there are {there}: lower one of them, or give "
+            "one engine several nodes by distributed_backend 'ray' and RAY_ADDRESS"
         )
     return there
+
+
+def parallel_sizes(parameters: GenerationParameters) -> str:
+    """What multiplies to the GPUs of a model's engines, in words."""
+    return " x ".join(
+        f"{name} {getattr(parameters, name)}" for name in ("tensor_parallel", "pipeline_parallel", "data_parallel")
+    )
+
+
+def parallel_settings(parameters: GenerationParameters) -> dict[str, Any]:
+    """vLLM's arguments that spread one engine over GPUs."""
+    spread = {
+        "tensor_parallel_size": parameters.tensor_parallel,
+        "pipeline_parallel_size": parameters.pipeline_parallel,
+    }
+    backend = parameters.distributed_backend
+    return spread | ({"distributed_executor_backend": backend} if backend else {})
 
 
 def vllm_settings(model: Path, parameters: GenerationParameters, on_cpu: bool) -> dict[str, Any]:
@@ -71,7 +94,7 @@ def vllm_settings(model: Path, parameters: GenerationParameters, on_cpu: bool) -
         "model": str(model),
         "dtype": parameters.dtype,
         "max_model_len": parameters.max_seq_tokens,
-        "tensor_parallel_size": parameters.tensor_parallel,
+        **parallel_settings(parameters),
         "gpu_memory_utilization": parameters.gpu_memory_share,
         "enforce_eager": on_cpu,
         "enable_prefix_caching": not on_cpu,

@@ -16,6 +16,7 @@ from pathlib import Path
 from tinyr1_utils.artifacts import sha256_folder
 from tinyr1_utils.chat_templates import load_tokenizer
 from tinyr1_utils.config import GenerationParameters, from_root
+from tinyr1_utils.engines import parallel_settings
 from tinyr1_utils.records import Completion, Score
 from tinyr1_utils.sources import Source
 
@@ -61,7 +62,7 @@ def _engine_options(model: Path, parameters: GenerationParameters) -> list[str]:
         return ["--model", "hf", "--model_args", _joined(settings)]
     settings |= {
         "max_model_len": parameters.max_seq_tokens,
-        "tensor_parallel_size": parameters.tensor_parallel,
+        **parallel_settings(parameters),
         "data_parallel_size": parameters.data_parallel,
         "gpu_memory_utilization": parameters.gpu_memory_share,
         "seed": parameters.seed,

@@ -274,7 +274,7 @@ def jobs_frame(config: RunConfig, plans: Mapping[str, Plan], price: float) -> pd
     """
     rows = []
     for stage, variant in (name.split("/", 1) for name in planned(config)):
-        asked, parameters = config.stage_resources(stage), stage_parameters(config, stage, variant)
+        asked, parameters = config.stage_resources(stage, variant), stage_parameters(config, stage, variant)
         found = plans.get(variant) if isinstance(parameters, SftParameters) else None
         gpus = asked.nodes * asked.gpus
         hours = found.gpu_hours / found.processes if found else asked.minutes / 60

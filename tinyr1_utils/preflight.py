@@ -1,6 +1,7 @@
-"""Owns what is checked of a config before anything of it runs: that every name in it is one that a table knows."""
+"""Owns what is checked of a config before anything of it runs: its names against their tables, engines against GPUs."""
 
 from tinyr1_utils.config import RunConfig, stage_parameters
+from tinyr1_utils.engines import parallel_sizes
 
 
 def check_names(config: RunConfig) -> None:
@@ -38,3 +39,22 @@ def check_names(config: RunConfig) -> None:
             stress.check(stage_parameters(config, "stress", variant))
         except ValueError as error:
             raise ValueError(f"stress.variants.{variant}: {error}") from None
+
+
+def check_engines(config: RunConfig) -> None:
+    """ValueError for engines of more GPUs than the config's `resources` give their job, where these name any."""
+    for stage in ("evaluation", "stress"):
+        for variant in getattr(config, stage).variants:
+            parameters, asked = stage_parameters(config, stage, variant), config.stage_resources(stage, variant)
+            where = f"{stage}.variants.{variant}: {parallel_sizes(parameters)} needs {parameters.gpus} GPUs"
+            if parameters.backend != "vllm" or not asked.gpus:
+                continue
+            if parameters.gpus > asked.gpus * asked.nodes:
+                raise ValueError(
+                    f"{where}, resources name {asked.gpus} on {asked.nodes} nodes: lower one of them, or raise gpus "
+                    f"of resources.{stage} or of the variant's own resources"
+                )
+            if parameters.gpus > asked.gpus and parameters.distributed_backend != "ray":
+                raise ValueError(
+                    f"{where}, a node has {asked.gpus}: only distributed_backend 'ray' gives one engine several nodes"
+                )

@@ -35,7 +35,7 @@ from tinyr1_utils.config import (
 )
 from tinyr1_utils.executed_pages import PAGE
 from tinyr1_utils.masking import masked
-from tinyr1_utils.preflight import check_names
+from tinyr1_utils.preflight import check_engines, check_names
 
 RUNNER_PID = "TINYR1_RUNNER_PID"
 
@@ -268,6 +268,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     """Every stage of a config through Snakemake, then where to look. Exit code 1 when a stage failed."""
     config = load_config(arguments.config, data_root=arguments.data_root)
     check_names(config)
+    check_engines(config)
     if arguments.profile:
         cluster.check_launchers(config)
     with run_lock(config) as run_dir:
