@@ -150,6 +150,14 @@ def test_tables_in_three_formats(frames, tmp_path):
     assert plain.splitlines()[0].startswith("model_name,math (micro-math)")
 
 
+def test_what_latex_means_otherwise_is_escaped_and_words_stand_left():
+    table = pd.DataFrame([[r"\ $ { } ~ ^ < > | → ×", "1", "a & b_c # %"]], columns=["model", "change (%)", "settings"])
+    latex = tables.to_latex(table)
+    assert latex.isascii() and r"\begin{tabular}{lrl}" in latex and r"change (\%)" in latex
+    assert r"\textbackslash{} \$ \{ \} \textasciitilde{} \textasciicircum{} \textless{} \textgreater{}" in latex
+    assert r"\textbar{} $\rightarrow$ $\times$ & 1 & a \& b\_c \# \% \\" in latex
+
+
 def test_the_best_is_bold_where_it_is_clearly_best(frames, tmp_path):
     accuracy = frames["accuracy_by_model"]
     rows = [("micro-math", "sft/math", 9, True), ("micro-code", "sft/code", 9, False), ("mean", "sft/mixture", 9, True)]

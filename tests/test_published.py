@@ -37,6 +37,14 @@ def test_every_line_with_an_error_or_an_interval_in_the_readme_is_a_published_on
 
 
 @pytest.mark.parametrize("run", RUNS)
+def test_every_table_is_there_in_three_formats_and_its_latex_is_ascii(run):
+    stems = {path.with_suffix("") for path in (PUBLISHED / run / "tables").iterdir()}
+    for stem in stems:
+        assert stem.with_suffix(".md").is_file() and stem.with_suffix(".csv").is_file(), stem
+        assert stem.with_suffix(".tex").read_text(encoding="utf-8").isascii(), stem
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_manifests_are_whole(run):
     manifests = [json.loads(path.read_text()) for path in (PUBLISHED / run).glob("*/*/manifest.json")]
     names = {f"{m['stage']}/{m['variant']}" for m in manifests}

@@ -7,12 +7,13 @@ import json
 import fake_run
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import REPOSITORY
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tinyr1_utils import publishing
+from tinyr1_utils import publishing, tables
 from tinyr1_utils.artifacts import write_json
 from tinyr1_utils.config import load_config
 
@@ -30,11 +31,11 @@ def run(tmp_path, monkeypatch):
     for kind, file, text in (
         ("figures", "drawn.csv", "a\n1\n"),
         ("figures", "empty.csv", "a\n"),
-        ("tables", "main.md", "| a |\n| --- |\n| 1 |\n"),
-        ("tables", "empty.md", "| a |\n| --- |\n"),
     ):
         (report / kind).mkdir(parents=True, exist_ok=True)
         (report / kind / file).write_text(text)
+    for name, rows in (("main", [1]), ("empty", [])):
+        tables.save_table(pd.DataFrame({"a": rows}), report / "tables", name)
     fake_run.finish(folder, "analysis/report", {}, {})
     notebook = nbformat.v4.new_notebook(metadata={"papermill": {"output_path": "x", "end_time": "2999"}})
     notebook.cells = [nbformat.v4.new_code_cell(f"print({str(tmp_path)!r})", metadata={"papermill": {}})]
@@ -63,7 +64,7 @@ def test_what_is_published(run, tmp_path, monkeypatch):
         path.relative_to(target) for path in target.glob("*/*/manifest.json")
     }
     assert sorted(path.name for path in (target / "analysis").glob("*.csv")) == ["drawn.csv"]
-    assert [path.name for path in (target / "tables").iterdir()] == ["main.md"]
+    assert sorted(path.name for path in (target / "tables").iterdir()) == ["main.csv", "main.md", "main.tex"]
     assert not list(target.rglob("*.html")), "pages tell of this machine, and git hosts show notebooks as they are"
     shown = sorted(path.parent.name for path in (target / "evaluation").glob("*/executed.ipynb"))
     assert shown == ["arcee_fusion", "backbone", "code"]

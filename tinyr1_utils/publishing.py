@@ -23,6 +23,9 @@ WITHOUT_TEXT = ("merge", "stress")
 COLOURS = 64  # of a published notebook's images
 # A sweep has many variants that differ in one number: of each stage these many notebooks are shown, the first by name.
 NOTEBOOKS_PER_STAGE = 12
+TABLE = (".md", ".tex", ".csv")
+# Folder of the analysis, endings of what is copied from it, lines of the first ending's file that hold no row.
+SHOWN = (("figures", (".csv",), 1), ("tables", TABLE, 2), ("costs", TABLE, 2))
 
 
 def publish(config: RunConfig) -> Path:
@@ -52,12 +55,13 @@ def publish(config: RunConfig) -> Path:
             _publish_notebook(run_dir / name / EXECUTED, target / name / EXECUTED)
         else:
             print(f"not published: {name} has no executed notebook of the run that made it")
-    for kind, pattern, heading_lines in (("figures", "*.csv", 1), ("tables", "*.md", 2), ("costs", "*.md", 2)):
+    for kind, endings, heading_lines in SHOWN:
         folder = target / ("analysis" if kind == "figures" else "tables")
         folder.mkdir(exist_ok=True)
-        for path in sorted((run_dir / analysis / kind).glob(pattern)):
+        for path in sorted((run_dir / analysis / kind).glob(f"*{endings[0]}")):
             if len(path.read_text(encoding="utf-8").splitlines()) > heading_lines:  # else: nothing to show
-                shutil.copyfile(path, folder / path.name)
+                for ending in endings:
+                    shutil.copyfile(path.with_suffix(ending), folder / path.with_suffix(ending).name)
     return target
 
 

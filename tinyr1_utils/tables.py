@@ -23,7 +23,11 @@ WORDS = set(
     "second,settings,source,stage,table,variants,verdict".split(",")
 )
 BOLD = {"md": "**{}**", "tex": r"\textbf{{{}}}"}
-LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$", "−": "$-$", "–": "--"}
+LATEX = {letter: f"\\{letter}" for letter in "&%_#${}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "–": "--", "→": r"$\rightarrow$",
+    "×": r"$\times$",
+}  # fmt: skip
 
 
 class Best(str):
@@ -300,7 +304,7 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 
 def to_latex(table: pd.DataFrame) -> str:
-    """A booktabs tabular, to be wrapped in a table environment by the paper."""
+    """A booktabs tabular in ASCII, to be wrapped in a table environment by the paper; words to the left."""
 
     def escaped(text: Any) -> str:
         safe = "".join(LATEX.get(letter, letter) for letter in str(text))
@@ -308,7 +312,8 @@ def to_latex(table: pd.DataFrame) -> str:
 
     columns = [escaped(name) for name in table.columns]
     safe = pd.DataFrame([[escaped(cell) for cell in line] for line in table.to_numpy()], columns=columns)
-    return safe.style.hide(axis="index").to_latex(hrules=True, column_format="l" + "r" * (len(columns) - 1))
+    sides = ["l" if i == 0 or name in WORDS else "r" for i, name in enumerate(table.columns)]
+    return safe.style.hide(axis="index").to_latex(hrules=True, column_format="".join(sides))
 
 
 def styled(table: pd.DataFrame, name: str = "table") -> Styler:
