@@ -139,45 +139,37 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
 
 
 def read_frame(path: Path) -> pd.DataFrame:
-    """A frame that `save` wrote: numbers as they were, empty text as empty text."""
-    frame = pd.read_csv(path)
+    """A frame that `drawn` wrote: numbers to nine digits, empty text as empty text, every other text as it was."""
+    frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
     text = frame.select_dtypes(exclude="number").columns
     return frame.assign(**{name: frame[name].fillna("") for name in text})
 
 
 @styled
-def save(figure: Figure, frame: pd.DataFrame, folder: Path, name: str) -> list[Path]:
-    """Write <name>.pdf, .png and .csv (the frame behind the figure); the same input gives the same bytes.
-
-    No file holds a date or a version of the software. Numbers in the CSV keep nine digits, so that what differs
-    between two machines in the last bit shows no difference.
-    """
-    paths = [Path(folder) / f"{name}.{kind}" for kind in ("pdf", "png", "csv")]
-    with atomic_path(paths[0]) as temporary:
-        figure.savefig(temporary, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
-    with atomic_path(paths[1]) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-    with atomic_path(paths[2]) as temporary:
-        frame.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
-    return paths
-
-
 def drawn(name: str, frame: pd.DataFrame, folder: Path) -> Figure:
-    """Draw one of FIGURES and save it. Returns the figure, for a notebook to show."""
-    figure = FIGURES[name](frame)
-    save(figure, frame, folder, name)
+    """Write <name>.csv (the frame), draw one of FIGURES from what it holds, write <name>.pdf and .png; for a notebook
+    to show.
+
+    The same frame gives the same bytes, now or from its CSV: no file holds a date or a version of the software.
+    Numbers keep nine digits, so that what differs between two machines in the last bit shows no difference.
+    """
+    csv, pdf, png = (Path(folder) / f"{name}.{kind}" for kind in ("csv", "pdf", "png"))
+    with atomic_path(csv) as temporary:
+        frame.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
+    figure = FIGURES[name](read_frame(csv))
+    with atomic_path(pdf) as temporary:
+        figure.savefig(temporary, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    with atomic_path(png) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
     return figure
 
 
-def redraw_published(published: Path, figures_folder: Path) -> list[Path]:
+def redraw_published(published: Path, figures_folder: Path) -> None:
     """Redraw every figure of the published runs from their committed frames, without models or manifests.
 
-    Reads published/<run>/analysis/<figure>.csv (the CSV that `save` wrote beside each figure in the run's analysis
+    Reads published/<run>/analysis/<figure>.csv (the CSV that `drawn` wrote beside each figure in the run's analysis
     stage), writes figures_folder/<run>/<figure>.{pdf,png,csv}. A CSV that is no figure's is left alone.
     """
-    written = []
     for file in sorted(published.glob("*/analysis/*.csv")):
         if file.stem in FIGURES:
-            frame, folder = read_frame(file), figures_folder / file.parent.parent.name
-            written += save(FIGURES[file.stem](frame), frame, folder, file.stem)
-    return written
+            drawn(file.stem, read_frame(file), figures_folder / file.parent.parent.name)
