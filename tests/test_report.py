@@ -224,6 +224,23 @@ def test_report_is_self_contained_and_the_same_twice(run, tmp_path):
     assert "n = 30 problems" in text and "95 % interval (Wilson for pass@1, Student for differences)" in text
 
 
+def test_every_caption_with_an_interval_says_of_how_many_problems(tmp_path):
+    frame = pd.DataFrame({"n_problems": [12, 31], "confidence": 0.95})
+    for name in figures.FIGURES:
+        path = tmp_path / "analysis" / "report" / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    fake_run.finish(tmp_path, "analysis/report", {}, {})
+    page = report.report_html(tmp_path, "report", "", dict.fromkeys(figures.FIGURES, frame), {}, [], [])
+    figure = r'<section id="(\w+)">\s*<h2>[^<]*</h2>\s*<figure>.*?<figcaption>(.*?)</figcaption>'
+    captions = re.findall(figure, re.sub(r"\s+", " ", page.read_text()))
+    assert {name for name, _ in captions} == set(figures.FIGURES)
+    with_interval = {name: text for name, text in captions if "95 % interval" in text}
+    assert len(with_interval) >= 10
+    assert [name for name, text in with_interval.items() if "n = 12 to 31 problems per" not in text] == []
+    assert [name for name, text in captions if not re.search("no interval|95 % interval|standard error", text)] == []
+
+
 @pytest.mark.parametrize(("rows", "folded"), [(60, False), (61, True)])
 def test_a_long_table_is_folded(run, tmp_path, rows, folded):
     fake_run.finish(tmp_path, "analysis/report", {}, {})
