@@ -421,6 +421,7 @@ def short_of_memory(scene: Scene) -> Hurt:
     if code == 0:
         return None
     assert "ERROR" in said(scene) and "memory" in said(scene).lower(), said(scene)[-500:]
+    assert "max_seq_tokens" in said(scene) or "for want of memory" in said(scene), f"no remedy: {said(scene)[-500:]}"
     return time.monotonic() - begun, code
 
 
