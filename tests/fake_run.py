@@ -131,17 +131,20 @@ def stress(run: Path, variant: str, rng: random.Random) -> None:
         longest["no_answer_rate"] = 0.1
         original = {"n_problems": 40, "accuracy": 0.5, "stderr": 0.08} | longest
         changes, scores = {}, [Score(f"p{i}", 0, i % 2 == 0, "", "A", False, 0) for i in range(40)]
+        listed = []
         for change, shift in CHANGES.items():
             difference = shift + rng.uniform(-0.02, 0.02)
             changes[change] = {"n_problems": 30, "untouched": 10, "accuracy_original": 0.5, "stderr": 0.035}
             changes[change] |= {"accuracy_changed": 0.5 + difference, "difference": difference, "stderr_changed": 0.09}
             changes[change] |= {"right_to_wrong": 0.1, "wrong_to_right": 0.1 + difference, "all_right": None} | longest
             right = {i for i in range(30) if (i + (variant == "science")) % 3}
-            suffixes = (".A", ".B") if change == "true_false" else ("",)
-            scores += [
-                Score(f"p{i}/{change}{s}", 0, i in right, "", "A", False, 0) for i in range(30) for s in suffixes
-            ]
+            several = change == "true_false"
+            for i, letter in ((i, letter) for i in range(30) for letter in ("ABC" if several else "A")):
+                name = f"p{i}/{change}{f'.{letter}' if several else ''}"
+                scores.append(Score(name, 0, i in right if letter == "A" else i % 4 == 0, "", "A", False, 0))
+                listed.append({"id": name, "change": change, "affirm": letter == "A" if several else None})
         write_records(run / "stress" / variant / f"scores-{scoring}.jsonl", scores)
+        write_records(run / "stress" / variant / "changed.jsonl", listed)
         scorings[scoring] = {"original": original, "changes": changes, "consistency": 0.6, "robust_accuracy": 0.3}
     finish(run, f"stress/{variant}", {"model": MODELS[variant]}, {"benchmark": "micro-science", "scorings": scorings})
 

@@ -1,5 +1,6 @@
 """Statistics of a run, what it lacks, and the reported numbers."""
 
+import json
 import math
 import shutil
 import statistics
@@ -222,7 +223,6 @@ def test_what_a_model_costs_and_how_sure_its_scores_are(run):
 
 def test_what_a_merged_model_inherits_is_paired_by_problem(run):
     inherited = stress_analysis.inheritance_frame(run).query("scoring == 'mean'").set_index("change")
-    assert "true_false" not in inherited.index  # of sets of statements scores tell no balanced accuracy
     (row,) = inherited.loc[["nouns:latin"]].itertuples()
     # Changed: arcee_fusion, math and code are right at i % 3 != 0, science at i % 3 != 2; unchanged all at even i.
     own, shifted = ([float(bool((i + by) % 3)) - (i % 2 == 0) for i in range(30)] for by in (0, 1))
@@ -230,8 +230,21 @@ def test_what_a_merged_model_inherits_is_paired_by_problem(run):
     assert row.excess == pytest.approx(np.mean(excess), abs=1e-9)
     assert row.stderr == pytest.approx(np.std(excess, ddof=1) / math.sqrt(30))
     assert (row.lowest, row.highest) == pytest.approx((np.mean(shifted), np.mean(own)))
-    assert row.verdict == "like their mean"
+    assert row.verdict == "not told apart"
+    # Of three statements the one to be affirmed, A, is half of the balanced accuracy; the others are right alike.
+    assert inherited.loc["true_false", "excess"] == pytest.approx(row.excess / 2)
     assert set(inherited["model"]) == {"merge/arcee_fusion"}
+
+
+def test_statements_of_a_stage_that_does_not_list_which_are_true_are_left_out(run, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(run, old)
+    folder = old / "stress" / "science"
+    rows = [json.loads(line) for line in (folder / "changed.jsonl").read_text().splitlines()]
+    write_records(folder / "changed.jsonl", [{"id": row["id"], "change": row["change"]} for row in rows])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    fake_run.finish(old, "stress/science", *(manifest[name] for name in ("parameters", "metrics", "inputs")))
+    assert set(stress_analysis.inheritance_frame(old)["change"]) == set(fake_run.CHANGES) - {"true_false"}
 
 
 def test_incomplete_run_is_analysed_and_names_what_is_missing(run, tmp_path):

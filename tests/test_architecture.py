@@ -161,6 +161,7 @@ SIBLINGS = {
     ("paper_tables", "tables"): "a score is written as in every other table",
     ("stress_analysis", "analysis"): "models are named and ordered as everywhere",
     ("stress_analysis", "evaluation"): "scores are grouped by problem as an evaluation's",
+    ("stress_analysis", "stress_metrics"): "statements count as in a stage's own metrics",
     ("merge_analysis", "analysis"): "means have the columns that they have everywhere",
     ("merge_analysis", "comparisons"): "a choice of the merge is compared as models are",
     ("problem_answers", "analysis"): "models and benchmarks are named and ordered as everywhere",

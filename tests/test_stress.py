@@ -32,6 +32,7 @@ from tinyr1_utils.stress_metrics import (
     longest_options,
     scoring_frame,
     summarise,
+    to_affirm,
     values_by_original,
 )
 
@@ -70,13 +71,14 @@ def asked_set(problems, labels: str, seed: int = 0) -> stress.ChangedSet:
 def test_a_set_of_statements_counts_by_balanced_accuracy():
     asked = asked_set([problem("p"), problem("q")], "true_false")
     items = [item.problem for item in asked.changed["true_false"]]
+    truth = {item.id: to_affirm(item) for item in items}
     always_false = [score(item.id, item.reference == "False", extracted="False") for item in items]
-    assert values_by_original(items, always_false) == {"p": [0.5], "q": [0.5]}
+    assert values_by_original(truth, always_false) == {"p": [0.5], "q": [0.5]}
     assert all_right(always_false) == {"p": [0.0], "q": [0.0]}
     perfect = [score(item.id, True) for item in items]
-    assert values_by_original(items, perfect) == {"p": [1.0], "q": [1.0]}
+    assert values_by_original(truth, perfect) == {"p": [1.0], "q": [1.0]}
     one_wrong = [score(item.id, item.id != "p/true_false.A") for item in items]
-    assert values_by_original(items, one_wrong) == {"p": [0.75], "q": [1.0]}
+    assert values_by_original(truth, one_wrong) == {"p": [0.75], "q": [1.0]}
     assert all_right(one_wrong) == {"p": [0.0], "q": [1.0]}
 
 

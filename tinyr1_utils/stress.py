@@ -39,7 +39,7 @@ from tinyr1_utils.problem_type import Pool, require_choice
 from tinyr1_utils.prompts import chat, shown
 from tinyr1_utils.records import LETTERS, TRUTHS, Problem, write_records
 from tinyr1_utils.sources import Loaded, benchmark_name, load, parse_benchmarks, source_named, subset
-from tinyr1_utils.stress_metrics import MEAN, likelihood_scores, summarise
+from tinyr1_utils.stress_metrics import MEAN, likelihood_scores, summarise, to_affirm
 
 GENERATED, LETTER, SUM = "generated", "letter", "sum"
 
@@ -134,13 +134,16 @@ def begin(parameters: StressParameters, on_line=print) -> tuple[Stage, ChangedSe
 
 
 def changed_rows(asked: ChangedSet, confidential: bool) -> list[dict]:
-    """What `changed.jsonl` holds of every changed problem: ids, edits, proof; of a confidential benchmark no text."""
+    """What `changed.jsonl` holds of every changed problem: ids, edits, proof; of a confidential benchmark no text.
+
+    Of a statement also whether it is to be affirmed, by which its score counts.
+    """
     rows = []
     for items in asked.changed.values():
         for item in items:
             text = "\n".join([item.problem.question, *item.problem.options, item.problem.reference])
             row = {"id": item.problem.id, "original": item.original, "change": item.change, "proof": item.proof}
-            row["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+            row |= {"sha256": hashlib.sha256(text.encode()).hexdigest(), "affirm": to_affirm(item.problem)}
             if not confidential:
                 row["edits"] = [[edit.field, edit.start, edit.old, edit.new] for edit in item.edits]
             rows.append(row)

@@ -7,6 +7,7 @@ is. Reads manifests and scores of a run, writes nothing.
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -17,8 +18,9 @@ from tinyr1_utils.artifacts import completed, output
 from tinyr1_utils.config import names
 from tinyr1_utils.evaluation import by_problem
 from tinyr1_utils.metrics import Estimate, paired_difference, rate_interval
-from tinyr1_utils.perturbations import CHANGES, changed_type, kind_of, original_id, split_label
-from tinyr1_utils.records import Score, require_records
+from tinyr1_utils.perturbations import CHANGES, kind_of, split_label
+from tinyr1_utils.records import Score, read_lines, require_records
+from tinyr1_utils.stress_metrics import values_by_original
 
 WHO = ["origin", "model", "kind", "benchmark", "scoring", "change"]
 DROPS = [*WHO, "accuracy_original", "accuracy_changed", "difference", *ESTIMATE, "untouched"]
@@ -116,16 +118,26 @@ def robustness_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
 
 
 def _drops_by_problem(run_dir: Path, variant: str, scoring: str) -> dict[str, dict[str, list[float]]]:
-    """Change -> original problem id -> its mean under the change minus its mean unchanged, of changes one for one."""
+    """Change -> original problem id -> its mean under the change minus its mean unchanged, as in the stage's metrics.
+
+    Without the statements of a stage whose list of changes does not say yet which of them are to be affirmed.
+    """
     scores = require_records(output(run_dir, f"stress/{variant}", f"scores-{scoring}.jsonl"), Score)
-    before = {key: values for key, values in by_problem(scores).items() if original_id(key) == key}
-    drops: dict[str, dict[str, list[float]]] = {}
-    for key, values in by_problem([score for score in scores if score.problem_id not in before]).items():
-        original = original_id(key)
-        label = key.removeprefix(f"{original}/")
-        if not changed_type(key) or not CHANGES[changed_type(key)].several:
-            difference = sum(values) / len(values) - sum(before[original]) / len(before[original])
-            drops.setdefault(label, {})[original] = [difference]
+    rows = [row for _, row in read_lines(output(run_dir, f"stress/{variant}", "changed.jsonl"))]
+    truth = {row["id"]: row["affirm"] for row in rows if row.get("affirm") is not None}
+    change_of = {row["id"]: row["change"] for row in rows}
+    before = by_problem([score for score in scores if score.problem_id not in change_of])
+    found: dict[str, list[Score]] = {}
+    for score in scores:
+        if score.problem_id in change_of:
+            found.setdefault(change_of[score.problem_id], []).append(score)
+    drops = {}
+    for change, part in found.items():
+        several = kind_of(change).several
+        if several and not truth:
+            continue
+        after = values_by_original(truth if several else {}, part)
+        drops[change] = {key: [fmean(values) - fmean(before[key])] for key, values in after.items()}
     return drops
 
 
@@ -133,7 +145,7 @@ def inheritance_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
     """Whether a merged model's drops are its branches': its own, theirs, and the excess over their mean; INHERITED.
 
     Paired by problem: the excess is the merged model's drop minus the mean of its branches' drops on the same problems.
-    `verdict` is `like their mean` where its interval holds 0, else `smaller` or `larger`, by the drops' magnitudes.
+    `verdict` is `not told apart` where its interval holds 0, else `smaller` or `larger`, by the drops' magnitudes.
     Only branches that are tested on the same benchmark in the same scoring count.
     """
     run, tested, rows = completed(run_dir), list(_scorings(run_dir)), []
@@ -147,13 +159,13 @@ def inheritance_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
             continue
         own = _drops_by_problem(run_dir, variant, who["scoring"])
         theirs = [_drops_by_problem(run_dir, branch, who["scoring"]) for branch in there]
-        for change in sorted(own, key=change_order):
+        for change in sorted(set(own).intersection(*theirs), key=change_order):
             means = {key: [sum(drops[change][key][0] for drops in theirs) / len(theirs)] for key in own[change]}
             excess = paired_difference(own[change], means)
             each = [sum(value for (value,) in drops[change].values()) / len(means) for drops in theirs]
             difference, mean = found["changes"][change]["difference"], sum(each) / len(each)
             bounds = estimate_columns(excess, confidence)
-            verdict = "like their mean"
+            verdict = "not told apart"
             if not bounds["low"] <= 0 <= bounds["high"]:
                 verdict = "smaller" if abs(difference) < abs(mean) else "larger"
             columns = {"difference": difference, "branches": mean, "lowest": min(each), "highest": max(each)}

@@ -40,13 +40,17 @@ def likelihood_scores(items: Sequence[Problem], values: Mapping[str, Mapping[str
     return scores
 
 
-def values_by_original(problems: Sequence[Problem], scores: Sequence[Score]) -> dict[str, list[float]]:
-    """Original problem id -> one value per sample.
+def to_affirm(problem: Problem) -> bool | None:
+    """Whether a statement is true, or a yes/no question to be answered Yes; None of any other problem."""
+    return problem.reference in ("True", "Yes") if problem.answer_kind in TRUTHS else None
+
+
+def values_by_original(truth: Mapping[str, bool], scores: Sequence[Score]) -> dict[str, list[float]]:
+    """Original problem id -> one value per sample. `truth` is `to_affirm` by problem id, empty where it is None.
 
     A set of statements or of yes/no questions counts by balanced accuracy: half for those to be affirmed, half for
     the others, so that always answering False gets 0.5 and not three quarters.
     """
-    truth = {p.id: p.reference in ("True", "Yes") for p in problems if p.answer_kind in TRUTHS}
     if not truth:
         return {original_id(key): values for key, values in by_problem(scores).items()}
     sides: dict[tuple[str, int], tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
@@ -143,7 +147,8 @@ def summarise(
         if not found:
             continue
         strict, several = all_right(found), kind_of(label).several
-        row = compare(before, values_by_original(problems, found)) | flips(before, strict)
+        truth = {problem.id: to_affirm(problem) for problem in problems} if several else {}
+        row = compare(before, values_by_original(truth, found)) | flips(before, strict)
         row |= longest_options(problems, found) | no_answers(found)
         row["all_right"] = round(clustered_mean(list(strict.values())).mean, 6) if several else None
         metrics["changes"][label] = row
