@@ -5,8 +5,10 @@ import ast
 import contextlib
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import fake_run
 import licences
 import nbformat
 import pytest
-from conftest import REPOSITORY, write_config
+from conftest import REPOSITORY, run_stage, write_config
 from test_architecture import MODULES, forbidden, uses_pickle
 from test_endpoints import serving
 from test_environment import installed, pins
@@ -86,8 +88,10 @@ def downloaded(fake, tmp_path) -> Path:
 
 
 def found_in(folder: Path, texts: list[str]) -> list[str]:
-    """The files of a folder, hidden ones included, that hold one of the texts, raw or as JSON."""
-    written = [form.encode() for text in texts for form in {text, json.dumps(text)[1:-1]}]
+    """The files of a folder, hidden ones included, that hold one of the texts, raw, as Python shows it or as JSON."""
+    shown = [form for text in texts for form in (text, repr(text)[1:-1])]
+    as_json = [json.dumps(form, ensure_ascii=ascii_only)[1:-1] for form in shown for ascii_only in (True, False)]
+    written = [form.encode() for form in (*shown, *as_json)]
     files = [path for path in folder.rglob("*") if path.is_file()]
     return [str(path) for path in files if any(form in path.read_bytes() for form in written)]
 
@@ -226,6 +230,22 @@ def test_a_stage_that_prints_a_secret_and_fails_with_it_shows_it_nowhere(project
     assert captured.out.count(f"evaluation/backbone  {masking.MASK}\n") == 2
     assert f"RuntimeError: {masking.MASK} was refused" in captured.err
     assert not [value for value in secrets.values() if value in captured.out + captured.err]
+    assert found_in(project, [*secrets.values()]) == []
+
+
+@pytest.mark.slow
+def test_a_stage_that_prints_a_secret_and_is_killed_leaves_it_nowhere(project, secrets):
+    path = project / "notebooks" / "04_evaluation.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    sources = ["import os\nprint(os.environ['HF_TOKEN'])\nos.environ['MY_PASSWORD']", "import time\ntime.sleep(600)"]
+    notebook.cells[2:2] = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(notebook, path)
+    process = run_stage(project, project / "configs/micro.yaml", "evaluation", "backbone")
+    assert any("import time" in line for line in process.stdout)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    copy = project / "papermill_runs/micro/evaluation/backbone" / EXECUTED
+    assert copy.read_text().count(masking.MASK) == 2
     assert found_in(project, [*secrets.values()]) == []
 
 

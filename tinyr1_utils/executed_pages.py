@@ -80,6 +80,17 @@ def mask(executed: Path) -> None:
             temporary.write_text(without, encoding="utf-8", errors="surrogateescape")
 
 
+def mask_while_executed(executed: Path) -> None:
+    """Have papermill mask this copy whenever it saves it: a stage that is killed never comes to its page."""
+    from papermill.iorw import LocalHandler, papermill_io
+
+    class Masking(LocalHandler):
+        def write(self, buf: str, path: str) -> None:
+            super().write(masked(buf), path)
+
+    papermill_io.register(str(executed), Masking())
+
+
 def write_page(executed: Path) -> Path:
     """Write the page of <run>/<stage>/<variant>/executed.ipynb beside it, the environment's secrets masked in both.
 

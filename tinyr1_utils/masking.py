@@ -19,10 +19,11 @@ def secrets() -> list[str]:
 
 
 def without(secret: str, text: str) -> str:
-    """The text with MASK in the place of a secret, also where it is written as JSON."""
+    """The text with MASK in the place of a secret, also where it is written as Python or JSON writes it."""
     if len(secret) < SHORTEST:
         return text
-    written = {secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    written = {secret, repr(secret)[1:-1]}  # as text, and as a cell that ends with it shows it
+    written |= {json.dumps(form, ensure_ascii=ascii_only)[1:-1] for form in written for ascii_only in (True, False)}
     for form in sorted(written, key=len, reverse=True):  # the plain form in a longer one would leave its escapes
         text = text.replace(form, MASK)
     return text

@@ -144,6 +144,7 @@ def execute(parameters: StageParameters) -> Path:
     executed = executed_copy(parameters)
     named = executed.relative_to(root) if executed.is_relative_to(root) else executed
     make_room(label, executed)
+    executed_pages.mask_while_executed(executed)
     code_cells = sum(cell.cell_type == "code" for cell in notebook.cells) + 1  # and the injected parameters
     seen: list[int] = []
 
