@@ -1,6 +1,8 @@
 """The endpoint engine against a small real HTTP server that answers as told; test_engines.py has real vLLM servers."""
 
 import json
+import re
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -8,10 +10,12 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from test_generation import PROBLEMS, settings
+from test_generation import BACKBONE, PROBLEMS, settings
 
-from tinyr1_utils.endpoints import RETRIES, endpoint_engine, endpoint_model, server_command
+from tinyr1_utils import endpoints, launch
+from tinyr1_utils.endpoints import RETRIES, endpoint_engine, endpoint_model, server_command, server_engine
 from tinyr1_utils.generation import requests, sample
+from tinyr1_utils.masking import MASK
 from tinyr1_utils.records import Completion, require_records
 
 KEY = "sk-very-secret"
@@ -241,3 +245,62 @@ def test_our_servers_flags_are_the_in_process_engines_settings(tmp_path):
                  "--dtype bfloat16", "--no-enforce-eager",
                  "--enable-prefix-caching", f"--model {tmp_path}", "--max-model-len 512"):  # fmt: skip
         assert flag in " ".join(flags)
+
+
+# A server of our own that says something and ends: at its second request, or before it listens.
+DYING = """
+import http.server, os, socketserver, sys
+said, moment, *_, socket = sys.argv[1:]
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def reply(self, body):
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.reply(b'{"object": "list", "data": []}')
+    def do_POST(self):
+        global moment
+        if moment == "now":
+            end()
+        moment = "now"
+        self.reply(b'{"id": "1", "object": "text_completion", "created": 0, "model": "model", "choices": [{"index": 0, '
+                   b'"text": "42", "finish_reason": "stop"}], "usage": {"completion_tokens": 2, "prompt_tokens": 7, '
+                   b'"total_tokens": 9}}')
+    def log_message(self, *arguments):
+        pass
+
+def end():
+    print(said, flush=True)
+    os._exit(1)
+
+if moment == "start":
+    end()
+socketserver.ThreadingUnixStreamServer(socket, Handler).serve_forever()
+"""
+LOGGED = "(EngineCore pid=7) ERROR 11-30 12:08:49 [core.py:906] "
+DEAD = f"{LOGGED}vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue."
+ENDED = rf"^the vLLM server of {BACKBONE} ended, or an engine of it%s; finished completions are kept: {launch.AGAIN}"
+SHORT = r"^out of memory while sampling \(torch.OutOfMemoryError: CUDA out of memory.\): lower max_seq_tokens"
+
+
+@pytest.mark.parametrize(
+    ("said", "moment", "error", "sentence"),
+    [
+        (f"{LOGGED}ValueError: no such layer, {KEY}\n{DEAD}", "", ConnectionError,
+         ENDED % rf" \(ValueError: no such layer, {re.escape(MASK)}\)"),
+        (DEAD, "", ConnectionError, ENDED % ""),
+        (f"{LOGGED}torch.OutOfMemoryError: CUDA out of memory.\n{DEAD}", "", MemoryError, SHORT),
+        (f"{LOGGED}torch.OutOfMemoryError: CUDA out of memory." + "\nline" * 30, "start", MemoryError, SHORT),
+    ],
+)  # fmt: skip
+def test_a_server_of_our_own_that_ends_is_one_sentence(tmp_path, monkeypatch, said, moment, error, sentence):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(endpoints, "server_command", lambda *_: [sys.executable, "-c", DYING, said, moment])
+    parameters, path = settings(data_parallel=2, chunk_size=1), tmp_path / "c.jsonl"
+    with pytest.raises(error, match=sentence) as raised:
+        sample(BACKBONE, PROBLEMS, path, parameters, lambda: server_engine(BACKBONE, parameters), lambda line: None)
+    assert (launch.AGAIN in str(raised.value)) == (error is ConnectionError) and "\n" not in str(raised.value)
+    assert moment or [completion.text for completion in require_records(path, Completion)] == ["42"]

@@ -18,6 +18,7 @@ from test_generation import BACKBONE, settings
 
 from tinyr1_utils.endpoints import server_command, start_server, stop_server
 from tinyr1_utils.engines import check_gpus, vllm_settings
+from tinyr1_utils.launch import AGAIN
 from tinyr1_utils.records import Completion, read_records, require_records
 
 GREEDY = {"limit": 6, "n_samples": 1, "temperature": 0.0, "chunk_size": 6}
@@ -169,6 +170,23 @@ def test_two_engines_side_by_side_complete_alike_and_end_with_their_process(gree
     while any(Path(f"/proc/{pid}").exists() for pid in servers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in servers if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_engine_of_a_server_is_one_sentence_and_what_is_finished_is_kept(tmp_path):
+    process = start(tmp_path, data_parallel=2, limit=60, n_samples=40, chunk_size=2400)
+    path = tmp_path / "completions.jsonl"
+    wait_for_rows(process, path, 20)
+    names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in session_of(process.pid)}
+    os.kill(next(pid for pid, name in names.items() if name.startswith("VLLM::EngineCore")), signal.SIGKILL)
+    output, _ = process.communicate(timeout=500)
+    said = output.strip().splitlines()[-1]
+    assert process.returncode == 1
+    assert said.startswith("ConnectionError: the vLLM server of models/micro-backbone ended, or an engine of it; ")
+    assert AGAIN in said and "memory_gib" in said
+    assert 20 <= len(require_records(path, Completion)) < 2400
+    assert not session_of(process.pid)
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ Writes no completions: that is `generation`. The key of an endpoint appears in n
 """
 
 import asyncio
+import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,14 +19,15 @@ from typing import Any
 
 from tinyr1_utils.config import GenerationParameters, nearest
 from tinyr1_utils.engines import Engine, Keep, Request, check_gpus, room, vllm_environment, vllm_settings
-from tinyr1_utils.launch import search_path
-from tinyr1_utils.masking import without
+from tinyr1_utils.launch import AFTER_A_KILL, search_path, short_of_memory
+from tinyr1_utils.masking import masked, without
 from tinyr1_utils.records import Completion
 
 ENDPOINT_URL = "endpoint_url"  # the parameter that holds a URL, unless the caller names another
 RETRIES = 8  # of a request that met 429, 5xx or a time-out; the client waits 0.5 s, then twice as long, up to 8 s
 REQUEST_LIMIT_S = 3600.0  # a long completion on a busy server answers late
 START_LIMIT_S = 1800.0  # a large model is read and compiled first
+END_LIMIT_S = 20.0  # a server that lost an engine ends the others before itself
 IN_FLIGHT = 1024  # requests to a server of our own, per engine: more than an engine batches
 
 
@@ -275,8 +278,30 @@ async def _until_ready(client: Any, process: subprocess.Popen, log: Path) -> Non
                     await asyncio.sleep(0.5)
     except TimeoutError:
         pass
-    last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    raise RuntimeError(f"the vLLM server did not start; its last lines:\n{last}")
+    said = masked(log.read_text(errors="replace"))
+    last = "\n".join(said.splitlines()[-15:])
+    raise _shortage(said) or RuntimeError(f"the vLLM server did not start; its last lines:\n{last}")
+
+
+def _shortage(said: str) -> MemoryError | None:
+    """The line of a server's log that tells of want of memory, without the time and place before it."""
+    line = short_of_memory(said)
+    return MemoryError(re.sub(r"^.*?\[\w+\.py:\d+\]\s*", "", line)) if line else None
+
+
+async def _end(name: str, process: subprocess.Popen, log: Path) -> Exception:
+    """Why a server of our own failed a request: want of memory, else the last error that its log names, if any."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(END_LIMIT_S):
+            while process.poll() is None:
+                await asyncio.sleep(0.2)
+    how = "fails" if process.poll() is None else "ended, or an engine of it"
+    said = masked(log.read_text(errors="replace"))
+    # vLLM's EngineDeadError says no more than that an engine ended.
+    errors = [error for error in re.findall(r"[\w.]*(?:Error|Exception): .*", said) if "EngineDeadError" not in error]
+    why = f" ({errors[-1][:200]})" if errors else ""
+    ended = f"{name} {how}{why}; finished completions are kept: {AFTER_A_KILL}"
+    return _shortage(said) or ConnectionError(ended)
 
 
 def server_engine(model: Path, parameters: GenerationParameters) -> Engine:
@@ -284,7 +309,8 @@ def server_engine(model: Path, parameters: GenerationParameters) -> Engine:
 
     It is asked with the same token ids and settings as the in-process engine, over a Unix socket in a private folder.
     What an engine batches depends on timing, which moves the last bits. Raises RuntimeError with the server's last
-    lines when it does not start, ValueError when GPUs are missing.
+    lines when it does not start, ConnectionError when it or an engine of it ends, MemoryError where its log tells of
+    one, ValueError when GPUs are missing.
     """
     import httpx2  # the openai client's own
     import openai
@@ -308,7 +334,11 @@ def server_engine(model: Path, parameters: GenerationParameters) -> Engine:
             top_p=parameters.top_p,
             seed=request.seed,
         )
-        answer = await _answer(f"the vLLM server of {model}", question)
+        name = f"the vLLM server of {model}"
+        try:
+            answer = await _answer(name, question)
+        except ConnectionError:
+            raise await _end(name, process, log) from None
         choice, tokens = answer.choices[0], answer.usage.completion_tokens
         text, reason = request.opening + choice.text, str(choice.finish_reason)
         return Completion(*request.key, text, reason, len(request.prompt_ids), tokens)

@@ -83,7 +83,7 @@ def temporary_folder(place: Path) -> Iterator[Path]:
 
 def short_of_memory(said: BaseException | str) -> str:
     """The line of an error, or of what a program said, that tells that it got no memory; empty where none does."""
-    text = said if isinstance(said, str) else f"{type(said).__name__}: {said}"
+    text = said if isinstance(said, str) else f"{said}\n{type(said).__name__}"
     return next((line.strip() for line in text.splitlines() if _SHORT_OF_MEMORY.search(line)), "")
 
 
