@@ -6,11 +6,11 @@ import shlex
 import sys
 
 from tinyr1_utils.artifacts import LOG
-from tinyr1_utils.cluster import job_resources
+from tinyr1_utils.cluster import from_setting, job_resources
 from tinyr1_utils.config import STAGES, load_config, planned, stage_parameters, upstream
 
-CONFIG = config.get("run_config") or "configs/micro.yaml"
-DATA_ROOT = config.get("data_root") or ""
+CONFIG = from_setting(config.get("run_config")) or "configs/micro.yaml"
+DATA_ROOT = from_setting(config.get("data_root"))
 DATA_OPTION = f"--data-root {shlex.quote(DATA_ROOT)}" if DATA_ROOT else ""
 PYTHON = sys.executable
 RUN = load_config(CONFIG, data_root=DATA_ROOT)

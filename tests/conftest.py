@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# A file's name, and a path, that a shell or make would take apart or run.
+UNSAFE = ('it\'s "a"; touch owned; `touch owned` $(touch owned).yaml', "$(shell touch owned) a'b$HOME\\ *\tc")
 
 
 def make_project(root: Path) -> Path:

@@ -8,9 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, UNSAFE
+from snakemake.cli import parse_config
+from snakemake.settings.types import ConfigSettings
 from snakemake_executor_plugin_slurm.submit_string import get_submit_command
 from snakemake_executor_plugin_slurm.utils import set_gres_string
+from snakemake_interface_executor_plugins.utils import format_cli_arg
 
 from tinyr1_utils import cluster
 from tinyr1_utils.config import Resources, RunConfig, load_config
@@ -154,3 +157,19 @@ def test_the_profile_is_one_that_snakemake_reads(project, monkeypatch, squeue):
     done = subprocess.run([*command, *options], cwd=project, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^sft +4$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("text", ["configs/micro.yaml", "0123", "1e3", "true", "a: b", "[x]", "quoted:x", *UNSAFE])
+def test_a_text_reaches_snakemake_and_its_jobs_as_it_is(text):
+    """By the command line, and by what the Slurm executor makes of it in a job's script, which a shell reads."""
+    there = parse_config([f"data_root={cluster.as_setting(text)}"])
+    assert cluster.from_setting(there["data_root"]) == text
+    script = f"printf '%s\\0' {format_cli_arg('--config', ConfigSettings(config=there).config_args)}"
+    words = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")
+    assert cluster.from_setting(parse_config([words[1]])["data_root"]) == text
+
+
+def test_a_setting_given_by_hand_is_taken_as_it_is():
+    given = parse_config(["run_config=configs/micro.yaml", "data_root=12"])
+    assert [cluster.from_setting(value) for value in given.values()] == ["configs/micro.yaml", "12"]
+    assert cluster.from_setting(None) == ""

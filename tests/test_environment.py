@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import UNSAFE
 from jupyter_client.manager import KernelManager
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +81,40 @@ def test_make_alone_prints_the_targets():
     done = subprocess.run(["make", "-C", ROOT, "--no-print-directory"], capture_output=True, text=True, check=True)
     targets = [line.split()[1] for line in done.stdout.splitlines()]
     assert {"run", "test", "lint", "lab", "figures", "clean", "lock"} <= set(targets)
+
+
+def runner_arguments(folder: Path, *words: str) -> list[str]:
+    """What `make *words`, called in a folder, gives to Python."""
+    python = folder / "venv/bin/python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" > '{folder}/arguments'\n")
+    python.chmod(0o755)
+    command = ["make", "-f", ROOT / "Makefile", "-o", "bootstrap", f"VENV={folder}/venv", *words]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return (folder / "arguments").read_text().split("\0")[2:-1]
+
+
+@pytest.mark.parametrize("value", UNSAFE)
+def test_what_make_is_given_reaches_the_runner_as_it_is(tmp_path, value):
+    given = [f"{name}={value}" for name in ("CONFIG", "DATA_ROOT", "PROFILE", "CORES", "A", "B", "FOLDER", "FAULTS")]
+    options = ["--config", value, "--data-root", value, "--cores", value, "--profile", value]
+    assert runner_arguments(tmp_path, "run", *given) == ["all", *options]
+    assert runner_arguments(tmp_path, "verify", "REBUILD=1", *given) == [
+        "verify",
+        *options[:2],
+        "--rebuild",
+        *options[2:],
+    ]
+    for target in ("status", "publish"):
+        assert runner_arguments(tmp_path, target, *given) == [target, *options[:2]]
+    assert runner_arguments(tmp_path, "compare", *given) == ["compare", "--", value, value]
+    assert runner_arguments(tmp_path, "plan", *given, "PLAN_ARGS=--gpu-gib 40")[1:] == [value, "--gpu-gib", "40"]
+    assert runner_arguments(tmp_path, "benchmark-curation", *given) == [value]
+    assert not list(tmp_path.rglob("owned"))
+
+
+def test_make_with_nothing_given_runs_the_micro_config(tmp_path):
+    assert runner_arguments(tmp_path, "run") == ["all", "--config", "configs/micro.yaml"]
 
 
 class Checkout:

@@ -211,6 +211,7 @@ def test_command_of_each_launcher(parameters, tmp_path):
         ("node1 slots=8\nnode2 slot=8\n", r"hosts, line 2: 'node2 slot=8' is not `host slots=8`"),
         ("node1\n", r"hosts, line 1: 'node1' is not `host slots=8`"),
         ("node1 slots=0\n", r"hosts, line 1: 'node1 slots=0' is not `host slots=8`"),
+        ("-oProxyCommand=touch${IFS}owned slots=8\n", r"hosts, line 1: '-oProxyCommand=.*' is not `host slots=8`"),
         ("node1 slots=8\nnode1 slots=4\n", r"hosts, line 2: host node1 is named twice"),
         ("# nobody\n\n", r"names no host: one line `host slots=8` per node"),
     ],

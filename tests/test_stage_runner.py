@@ -13,6 +13,7 @@ import fake_run
 import nbformat
 import pytest
 import yaml
+from conftest import UNSAFE
 
 from tinyr1_utils import launch
 from tinyr1_utils.artifacts import EXECUTED, take_lock
@@ -327,7 +328,9 @@ def planned(output: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("how", [("--cores", "2"), ("--profile", "configs/slurm")])
 def test_the_papers_run_is_planned_and_nothing_is_run(project, how):
-    done = runner(project, "all", "--config", "configs/tinyr1-32b.yaml", "--dry-run", *how)
+    config = project / "configs" / UNSAFE[0]
+    (project / "configs" / "tinyr1-32b.yaml").rename(config)
+    done = runner(project, "all", "--config", str(config), "--dry-run", *how)
     assert done.returncode == 0, done.stderr
     jobs = planned(done.stdout + done.stderr)
     jobs.pop("total")

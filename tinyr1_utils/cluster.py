@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import time
+from urllib.parse import quote, unquote
 
 from tinyr1_utils.config import Resources, RunConfig, project_root, stage_parameters
 
@@ -28,6 +29,21 @@ def job_resources(asked: Resources) -> dict[str, int | str | None]:
         "tasks": asked.nodes if several else None,
         "tasks_per_gpu": 0 if several else None,
     }
+
+
+def as_setting(text: str) -> str:
+    """A text, which is not empty, as a value for Snakemake's --config.
+
+    Snakemake takes `12` for a number and `a: b` for a table, hands an empty value on to jobs as `None`, and quotes what
+    it hands on as Python does, not as a shell does.
+    """
+    return f"quoted:{quote(text)}"
+
+
+def from_setting(value: object) -> str:
+    """The text of `as_setting`, or a value that was given to Snakemake by hand."""
+    text = "" if value is None else str(value)
+    return unquote(text.removeprefix("quoted:")) if text.startswith("quoted:") else text
 
 
 def check_launchers(config: RunConfig) -> None:

@@ -104,7 +104,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        found = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", text)
+        found = re.fullmatch(r"([A-Za-z0-9][\w.@:-]*)\s+slots=([1-9]\d*)", text)  # no option of ssh
         if not found:
             raise ValueError(f"{path}, line {number}: {text!r} is not `host slots=8`")
         if found[1] in hosts:

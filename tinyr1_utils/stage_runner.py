@@ -203,7 +203,8 @@ def fail(message: str) -> None:
 
 def snakemake_command(arguments: argparse.Namespace, config: RunConfig) -> list[str]:
     """The Snakemake call of a run. Locking is ours (released when the process dies), as is the final message."""
-    settings = [f"run_config={arguments.config}", f"data_root={arguments.data_root}"]
+    values = {"run_config": arguments.config, "data_root": arguments.data_root}
+    settings = [f"{name}={cluster.as_setting(value)}" for name, value in values.items() if value]
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(project_root() / "Snakefile")]
     command += ["--directory", str(project_root()), "--nolock", "--rerun-incomplete", "--keep-going"]
     command += ["--rerun-triggers", "mtime", "params", "input", "--quiet", "rules", "host", "reason"]
