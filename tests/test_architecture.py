@@ -137,6 +137,7 @@ SIBLINGS = {
     ("branches", "artifacts"): "which checkpoint is whole is written whole or not at all",
     ("branches", "backbones"): "a branch has the files of its backbone beside its weights",
     ("branches", "chat_templates"): "sampling a branch stops where its turns end",
+    ("memory_plan", "sources"): "what an evaluation samples is in its list of benchmarks",
     ("memory_plan", "backbones"): "a backbone's shape is in its folder",
     ("sft", "sft_trainer"): "it starts the trainer in a job",
     ("perturbation_proofs", "option_length"): "a lengthening is known by what its writers do",

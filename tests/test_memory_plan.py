@@ -304,6 +304,17 @@ def test_the_jobs_of_the_papers_run_have_its_batches_steps_and_gpus():
         assert job["steps_per_epoch"] == math.ceil(rows / batch)
     trained = jobs.loc[[f"sft/{variant}" for variant in config.sft.variants]]
     assert jobs.loc["all", "GPU_hours"] > trained["GPU_hours"].sum() == pytest.approx(860, rel=0.01)
+    speed = 8 * 3600 * 0.03 * 989e12 / (2 * shape.parameters)  # tokens an hour of eight GPUs
+    questions = 198 * 4 * 8_600  # GPQA-Diamond's
+    asked = 60 * 16 * 11_800 + questions + 279 * 4 * 12_400
+    assert jobs.loc["evaluation/math", "hours"] == pytest.approx(asked / speed)
+    assert jobs.loc["evaluation/backbone-tinyr1", "hours"] == pytest.approx((asked - 279 * 3 * 12_400) / speed)
+    # Unchanged, 8 lengths, 5 others, and 2 statements of each of four options.
+    assert jobs.loc["stress/math", "hours"] == pytest.approx((1 + 8 + 5 + 2 * 4) * questions / speed)
+    assert (jobs["hours"] <= jobs["limit"])[:-1].all()
+    assert set(jobs.index[jobs["at_most"].astype(bool)]) == {
+        "all", "analysis/report", *(f"{s}/{v}" for s in ("curation", "merge") for v in getattr(config, s).variants)
+    }  # fmt: skip
     assert (jobs["cost"] == 2 * jobs["GPU_hours"]).all()
     assert set(jobs.index[:-1]) == {f"{s}/{v}" for s in STAGES for v in getattr(config, s).variants}
 

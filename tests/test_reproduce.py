@@ -48,6 +48,14 @@ def test_hours_are_the_plans_and_cost_is_their_price():
         assert (on_all, cost) == (pytest.approx(hours / 32, abs=0.06), pytest.approx(hours * price, abs=1))
 
 
+def test_the_sums_of_all_jobs_are_the_plans():
+    table = (REPOSITORY / "docs" / "plan-tinyr1-32b.md").read_text(encoding="utf-8").partition("### Jobs")[2]
+    hours = dict(re.findall(r"^\| ([\w/-]+) +\|.*\| ([^|]+?) +\| [^|]+\|$", table, re.M))
+    sampled = sum(number(hours[job]) for job in hours if job.startswith(("evaluation/", "stress/")))
+    found = re.search(r"sums to at most ([\d,.]+) GPU hours:.*?and ([\d,.]+) for\ssampling", PAGE, re.S)
+    assert (found[1], number(found[2])) == (hours["all"].removeprefix("≤ "), pytest.approx(sampled))
+
+
 @pytest.mark.parametrize("row", rows("## From one GPU"), ids=lambda row: f"{row[1]} on {row[0]}")
 def test_a_step_of_the_ladder_takes_what_the_plan_says(row):
     gpus, backbone, settings, peak, _ = row
@@ -83,7 +91,7 @@ def test_every_dataset_of_the_run_is_listed_with_its_place():
 
 
 def test_pages_link_to_files_and_sections_that_are_there():
-    for name in ("reproduce", "design", "differences", "adding"):
+    for name in ("reproduce", "cluster", "design", "differences", "adding"):
         page = REPOSITORY / "docs" / f"{name}.md"
         for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text(encoding="utf-8")):
             file, _, section = target.partition("#")

@@ -16,12 +16,29 @@ from pathlib import Path
 import pandas as pd
 
 from tinyr1_utils.backbones import PACKAGED, resolve_backbone
-from tinyr1_utils.config import RunConfig, SftParameters, from_root, load_config, names, planned, stage_parameters
+from tinyr1_utils.config import (
+    GenerationParameters,
+    RunConfig,
+    SftParameters,
+    StageParameters,
+    StressParameters,
+    from_root,
+    load_config,
+    names,
+    planned,
+    stage_parameters,
+)
+from tinyr1_utils.perturbations import CHANGES, parse_changes
+from tinyr1_utils.sources import parse_benchmarks
 from tinyr1_utils.training_memory import GIB, Shape, moments, peak_gib, trained_parameters
 
 MEAN_SAMPLE_TOKENS = 5000.0  # assumed before curation: traces of DeepSeek-R1, those over 16k left out
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0}
 PACKED_SHARE = 0.99  # assumed before packing: real tokens in a packed row
+SAMPLING_MFU = 0.03  # assumed of an engine, at 2 N FLOPs an output token
+# Problems of a benchmark, and output tokens of a sample as the paper's Table 1 reports them of TinyR1-32B-Preview.
+# Assumed: LiveCodeBench's number, and AIME24's length for AIME25.
+SAMPLED = {"aime24": (30, 11_800), "aime25": (30, 11_800), "gpqa-diamond": (198, 8_600), "livecodebench": (279, 12_400)}
 
 
 @dataclass(frozen=True)
@@ -265,24 +282,57 @@ def expected_samples(config: RunConfig, parameters: SftParameters) -> int:
     return sum(one.expected_rows for one in curated if one.domain in names(parameters.domains))
 
 
+def sampled_tokens(parameters: GenerationParameters) -> float:
+    """Output tokens of an evaluation or a stress test as if every change fitted every problem; NaN where not known.
+
+    Of changes that make a statement of each option there are four to a problem.
+    """
+    stress = isinstance(parameters, StressParameters)
+    chosen = parameters.benchmark if stress else parameters.benchmarks
+    parts = parse_benchmarks(chosen, parameters.limit, parameters.n_samples)
+    if not parts.keys() <= SAMPLED.keys():
+        return math.nan
+    changes = parse_changes(parameters.changes) if stress else ()
+    forms = 1 + sum(4 if CHANGES[change.name].several else 1 for change in changes)
+    known = ((SAMPLED[name], part) for name, part in parts.items())
+    return forms * sum(
+        min(problems, part.limit or problems) * part.n_samples * tokens for (problems, tokens), part in known
+    )
+
+
+def job_hours(parameters: StageParameters, plans: Mapping[str, Plan], gpus: int) -> float:
+    """Hours of a job: a training's are its plan's, those of sampling from the tokens; NaN of any other."""
+    if isinstance(parameters, SftParameters) and parameters.variant in plans:
+        return plans[parameters.variant].gpu_hours / plans[parameters.variant].processes
+    if isinstance(parameters, GenerationParameters) and gpus and sampling_speed(plans):
+        return sampled_tokens(parameters) / (3600 * gpus * sampling_speed(plans))
+    return math.nan
+
+
+def sampling_speed(plans: Mapping[str, Plan]) -> float:
+    """Output tokens a second of one GPU, assumed; 0 without plans, which know the model and the GPU's peak."""
+    return max((SAMPLING_MFU * one.peak_tflops * 1e12 / (2 * one.parameters) for one in plans.values()), default=0.0)
+
+
 def jobs_frame(config: RunConfig, plans: Mapping[str, Plan], price: float) -> pd.DataFrame:
     """Every job of a run as `make run` submits it, in an order that it could take: what it asks for, hours and cost.
 
-    Hours of a training are its plan's (`plans`, by variant); of any other job the config's limit, so at most these.
-    Columns job, nodes, GPUs of all nodes, rows_per_step, steps_per_epoch, hours, GPU_hours, cost in the price's
-    currency; the last row is the sum.
+    Hours are those of `job_hours` (`plans` by variant), else the config's limit, so at most these. Columns job, nodes,
+    GPUs of all nodes, rows_per_step, steps_per_epoch, limit in hours, hours, GPU_hours, cost in the price's currency;
+    the last row is the sum.
     """
     rows = []
     for stage, variant in (name.split("/", 1) for name in planned(config)):
         asked, parameters = config.stage_resources(stage, variant), stage_parameters(config, stage, variant)
         found = plans.get(variant) if isinstance(parameters, SftParameters) else None
-        gpus = asked.nodes * asked.gpus
-        hours = found.gpu_hours / found.processes if found else asked.minutes / 60
+        gpus, limit = asked.nodes * asked.gpus, asked.minutes / 60
+        known = job_hours(parameters, plans, gpus)
+        hours = limit if math.isnan(known) else known
         rows.append({
             "job": f"{stage}/{variant}", "nodes": asked.nodes, "GPUs": gpus,
             "rows_per_step": parameters.global_batch_rows if found else math.nan,
-            "steps_per_epoch": found.steps_per_epoch if found else math.nan,
-            "hours": hours, "GPU_hours": hours * gpus, "cost": hours * gpus * price, "at_most": found is None,
+            "steps_per_epoch": found.steps_per_epoch if found else math.nan, "limit": limit,
+            "hours": hours, "GPU_hours": hours * gpus, "cost": hours * gpus * price, "at_most": math.isnan(known),
         })  # fmt: skip
     frame = pd.DataFrame(rows)
     total = frame[["hours", "GPU_hours", "cost"]].sum().to_dict() | {"job": "all", "at_most": frame["at_most"].any()}
@@ -336,6 +386,12 @@ def main() -> None:
         for frame in (plan_frame(plans[variant]), summary_frame(plans[variant])):
             print(frame.to_markdown(index=False, disable_numparse=True) + "\n")
     print(f"\n### Jobs, at {price:.2f} a GPU hour\n\n{jobs_table(config, plans, price)}")
+    if speed := sampling_speed(plans):
+        print(
+            "\n≤: the config's limit, where no hours are known. Sampling: output tokens as the paper reports them, "
+            f"{speed:,.0f} a second and GPU, which is assumed (2 N FLOPs a token, an MFU of {SAMPLING_MFU:g}); loading "
+            "and grading left out."
+        )
     sys.exit(int(refused))
 
 
