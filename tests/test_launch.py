@@ -69,6 +69,29 @@ def test_output_comes_while_the_job_runs(tmp_path):
     assert lines == ["first", "answered", "on stderr"]
 
 
+def test_a_job_leaves_though_an_exit_function_hangs_and_its_child_holds_the_output():
+    code = (
+        "import atexit, subprocess, time\n"
+        "from tinyr1_utils import launch\n"
+        "launch.LAST_WORDS_S = 0.5\n"
+        "print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid)\n"
+        "atexit.register(time.sleep, 600)\n"
+        "launch.leave(0)"
+    )
+    lines = []
+    launch.run([sys.executable, "-c", code], lines.append, folder=ROOT)
+    assert lines[1:] == ["WARNING  what a tracker still held was not sent within 0 s"]
+    assert gone(int(lines[0]))
+
+
+def test_a_job_leaves_behind_its_exit_functions_with_its_code():
+    code = "import atexit\nfrom tinyr1_utils import launch\natexit.register(print, 'sent')\nlaunch.leave(3)"
+    lines = []
+    with pytest.raises(RuntimeError, match="the job ended with code 3"):
+        launch.run([sys.executable, "-c", code], lines.append, folder=ROOT)
+    assert lines == ["sent"]
+
+
 def test_environment_and_folder_reach_the_job(tmp_path):
     lines = []
     code = "import os; print(os.environ['TINYR1_TEST']); print(os.getcwd()); print(bool(os.environ['PATH']))"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_config
 from safetensors.torch import load_file, save_file
 from test_launch import SHORTAGES
 from transformers import AutoModelForCausalLM
@@ -28,10 +29,11 @@ from tinyr1_utils.config import EvaluationParameters, SftParameters, from_root, 
 from tinyr1_utils.curation_scan import student_text
 from tinyr1_utils.micro_problems import generate, teach
 from tinyr1_utils.packing import IGNORED, collate
+from tinyr1_utils.preflight import check_names
 from tinyr1_utils.records import write_records
 from tinyr1_utils.sequence_parallel import check_splittable
 from tinyr1_utils.sft_data import Prepared, held_out_frame, prepare, read_rows
-from tinyr1_utils.sft_trainer import kernels, trainer_settings
+from tinyr1_utils.sft_trainer import Tracker, kernels, trainer_settings
 
 BACKBONE = from_root("models/micro-backbone")
 
@@ -268,6 +270,87 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, sets):
     with pytest.raises(RuntimeError, match=r"^the loss is nan at step 1: lower learning_rate"):
         run(tmp_path / "run", sets, parameters(backbone=str(broken)))
     assert not list((tmp_path / "run/checkpoints").glob("checkpoint-*"))
+
+
+# Of wandb as much as transformers' callback takes of it; its network fails at the call that FAILS names.
+WANDB = """
+import atexit, os, types
+
+run, config, steps = None, {}, []
+
+def _fails(at):
+    print("wandb:", at)
+    if os.environ["FAILS"] == at:
+        raise ConnectionError("the network is gone\\nand more of it")
+
+def init(**settings):
+    global run
+    _fails("init")
+    run = types.SimpleNamespace(url="wandb.example/1", summary={}, _label=lambda code: None)
+    atexit.register(print, "wandb: the rest is sent")
+
+def log(values):
+    steps.append(values)
+    _fails(f"log {len(steps)}")
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """A stand-in for wandb, installed for this process and the jobs that it starts."""
+    site = tmp_path / "site"
+    files = {
+        "wandb/__init__.py": WANDB,
+        "wandb/sdk/lib/config_util.py": "class ConfigError(Exception): ...",
+        "wandb-0.dist-info/METADATA": "Metadata-Version: 2.1\nName: wandb\nVersion: 0\n",
+    }
+    for name, text in files.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(text)
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        del sys.modules[name]
+
+
+@pytest.mark.slow
+def test_a_tracker_whose_network_drops_changes_nothing(tmp_path, sets, alone, wandb, monkeypatch):
+    monkeypatch.setenv("FAILS", "log 3")
+    told, lines = parameters(report_to="wandb"), []
+    assert told.facts() == parameters().facts()
+    run(tmp_path / "tracked", sets, told, lines.append)
+    said = [line for line in lines if "wandb" in line]
+    assert said == [
+        "wandb: init", "wandb: log 1", "wandb: log 2", "wandb: log 3",
+        "WARNING  wandb is left out from here on: the network is gone", "wandb: the rest is sent",
+    ]  # fmt: skip
+    files = sorted(path.name for path in (alone / "branch").iterdir())
+    assert sorted(path.name for path in (tmp_path / "tracked/branch").iterdir()) == files
+    for file in ("loss.csv", "summary.json", *(f"branch/{name}" for name in files)):
+        assert (tmp_path / "tracked" / file).read_bytes() == (alone / file).read_bytes(), file
+
+
+def test_a_tracker_that_can_not_begin_is_left_out(wandb, monkeypatch, capsys):
+    monkeypatch.setenv("FAILS", "init")
+    tracker = Tracker("wandb")
+    state = types.SimpleNamespace(is_world_process_zero=True, is_hyper_param_search=False, trial_name=None)
+    told = types.SimpleNamespace(to_dict=dict, run_name=None)
+    for event, more in (("on_train_begin", {}), ("on_log", {"logs": {"loss": 1.0}}), ("on_train_end", {})):
+        getattr(tracker, event)(told, state, None, model=None, **more)
+    assert capsys.readouterr().out.splitlines() == [
+        "wandb: init", "WARNING  wandb is left out from here on: the network is gone",
+    ]  # fmt: skip
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_runs(tmp_path, sets, project):
+    refused = pytest.raises(ValueError, match="report_to is trackio, which is not installed: run `pip install trackio`")
+    with refused:
+        run(tmp_path, sets, parameters(report_to="trackio"))
+    with refused:
+        check_names(load_config(write_config(project, "tracked", sft={"shared": {"report_to": "trackio"}})))
+    with pytest.raises(ValueError, match="'none', 'tensorboard', 'wandb' or 'trackio'"):
+        parameters(report_to="mlflow")
 
 
 def test_a_tokenizer_without_a_pad_token_is_named(tmp_path):

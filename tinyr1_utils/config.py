@@ -212,7 +212,7 @@ class SftParameters(DownstreamParameters):
     hostfile: str
     master_port: Annotated[int, Field(ge=0, le=65535)] = 0
     threads: Positive
-    report_to: str
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"]
     seed: int
 
     @field_validator("domains", "watched_domains")

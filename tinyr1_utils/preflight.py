@@ -5,9 +5,10 @@ from tinyr1_utils.engines import parallel_sizes
 
 
 def check_names(config: RunConfig) -> None:
-    """ValueError for a dataset, recipe, benchmark or change that no table knows, before anything runs."""
+    """ValueError for a dataset, recipe, benchmark or change that no table knows, or a tracker that is not installed."""
     from tinyr1_utils import curation_scan, stress
     from tinyr1_utils.recipes import read_settings
+    from tinyr1_utils.sft_trainer import check_tracker
     from tinyr1_utils.sources import parse_benchmarks, source_named
 
     evaluated = {
@@ -22,6 +23,8 @@ def check_names(config: RunConfig) -> None:
             curation_scan.check(stage_parameters(config, "curation", variant), evaluated)
         except ValueError as error:
             raise ValueError(f"curation.variants.{variant}: {error}") from None
+    for variant in config.sft.variants:
+        check_tracker(stage_parameters(config, "sft", variant).report_to)
     for variant in config.merge.variants:
         parameters = stage_parameters(config, "merge", variant)
         read_settings(parameters.recipe, parameters.settings)

@@ -4,14 +4,12 @@ python -m tinyr1_utils.sft --config job.json     # what notebook 02 launches: al
 """
 
 import argparse
-import atexit
 import csv
 import importlib
 import json
 import math
 import os
 import shutil
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,7 +33,7 @@ from tinyr1_utils.memory_plan import Plan
 from tinyr1_utils.records import atomic_path
 from tinyr1_utils.sequence_parallel import check_splittable
 from tinyr1_utils.sft_data import Prepared, held_out_frame, mask_frame, prepare, read_rows
-from tinyr1_utils.sft_trainer import LOSS_COLUMNS, held_out_losses, kernels, loss_rows, make_trainer
+from tinyr1_utils.sft_trainer import LOSS_COLUMNS, check_tracker, held_out_losses, kernels, loss_rows, make_trainer
 
 TRAINED, HELD_OUT_BEFORE = "trained", "held_out_before.json"
 NO_MEMORY = (
@@ -164,6 +162,7 @@ def train(job: Mapping[str, Any]) -> None:
         seconds = speed[-1][1] - speed[0][1] if len(speed) > 1 else 0.0  # the first step warms up
         rate = tokens * (len(speed) - 1) / seconds if seconds else None
         write_json(folder / "speed.json", {"tokens_per_s": rate, "peak_gib": peak, "seconds": seconds})
+    trainer.accelerator.wait_for_everyone()  # before any leaves
 
 
 def _write_results(folder: Path, parameters: SftParameters, state, tokens: float, after: Mapping[str, float]) -> None:
@@ -215,6 +214,7 @@ def run_job(
 
     `peak_tokens_per_s` is the rate at a model FLOPs utilisation of 1, 0 where it is not known.
     """
+    check_tracker(parameters.report_to)
     if parameters.sequence_parallel_size > 1:
         from transformers import AutoConfig
 
@@ -266,22 +266,6 @@ def clean_up(stage: Stage) -> None:
     stage.path("job.json").unlink(missing_ok=True)
 
 
-def leave_together() -> None:
-    """End a process of a group at once, when all of them have come here; nothing where there is no group.
-
-    Taking the group down in order is what now and then ends in an abort: gloo's destructor ends a process whose queue
-    still holds work, such as a gathering that ZeRO-3 began ahead and nobody asked for.
-    """
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        atexit._run_exitfuncs()  # a tracker sends what it still holds
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-
-
 def sentence(error: Exception) -> str:
     """What ended a training, in one line."""
     if launch.short_of_memory(error):
@@ -293,16 +277,16 @@ def main() -> None:
     """The job that a launcher starts. An error's sentence comes last, behind ERROR, for `launch.run` to repeat."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the job.json that notebook 02 wrote")
+    job, code = parser.parse_args().config, 1
     launch.die_with_parent()  # a worker of torchrun or deepspeed ends with its launcher
     try:
-        train(json.loads(parser.parse_args().config.read_text()))
-        leave_together()
+        train(json.loads(job.read_text()))
+        code = 0
     except Exception as error:
         traceback.print_exc()
-        if any(sign in str(error) for sign in launch.LOST_PEER):
-            raise SystemExit(1) from None  # the process that ended first has the reason
-        print(f"{launch.ERROR}{sentence(error)}", flush=True)
-        raise SystemExit(1) from None
+        if not any(sign in str(error) for sign in launch.LOST_PEER):  # the process that ended first has the reason
+            print(f"{launch.ERROR}{sentence(error)}", flush=True)
+    launch.leave(code)
 
 
 if __name__ == "__main__":

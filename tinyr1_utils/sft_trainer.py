@@ -6,6 +6,7 @@ Reads prepared rows; writes nothing but checkpoints.
 import math
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def trainer_settings(parameters: SftParameters, folder: Path, on_cpu: bool, held
         "logging_steps": 1,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a loss that is no number ends the run, see `watch_callback`
-        "report_to": parameters.report_to,
+        "report_to": "none",  # see `Tracker`
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -180,6 +181,42 @@ def watch_callback(
     return Watch()
 
 
+def check_tracker(name: str) -> None:
+    """ValueError where the package of the tracker that `report_to` names is not installed."""
+    if name == "none":
+        return
+    try:
+        version(name)
+    except PackageNotFoundError:
+        raise ValueError(
+            f"report_to is {name}, which is not installed: run `pip install {name}` in this environment, or set "
+            "report_to to none"
+        ) from None
+
+
+class Tracker:
+    """transformers' callback of a tracker until its first error, such as a lost network's: it ends no training."""
+
+    def __init__(self, name: str):
+        from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+        (callback,) = get_reporting_integration_callbacks(name)
+        self._name, self._callback = name, callback()
+
+    def __getattr__(self, event: str) -> Callable[..., None]:
+        def call(*args, **kwargs) -> None:
+            if self._callback is None:
+                return
+            try:
+                getattr(self._callback, event)(*args, **kwargs)
+            except Exception as error:
+                self._callback = None
+                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+                print(f"WARNING  {self._name} is left out from here on: {reason}", flush=True)
+
+        return call
+
+
 def loss_rows(history: list[dict], tokens_per_step: float) -> list[dict]:
     """The trainer's log as one row per step with LOSS_COLUMNS; later entries of a step win, tokens are the mean's."""
     rows: dict[int, dict] = {}
@@ -242,7 +279,8 @@ def make_trainer(
         eval_dataset=concatenate_datasets(own) if own else None,
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
         callbacks=[
-            watch_callback(tokens, speed, lambda: on_before(held_out_losses(trainer, held_out)), peak_tokens_per_s)
+            *([] if parameters.report_to == "none" else [Tracker(parameters.report_to)]),
+            watch_callback(tokens, speed, lambda: on_before(held_out_losses(trainer, held_out)), peak_tokens_per_s),
         ],
         peft_config=lora_config(parameters),
     )
