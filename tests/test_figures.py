@@ -3,10 +3,9 @@
 import re
 
 import fake_run
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from clipping import clipped
 
 from tinyr1_utils import (
     analysis,
@@ -66,29 +65,10 @@ def frames(tmp_path_factory):
     }
 
 
-def visible_texts(figure):
-    """Every text that is drawn: not those of ticks outside their axis' view."""
-    hidden = set()
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            for tick in axis.get_major_ticks() + axis.get_minor_ticks():
-                if not low <= tick.get_loc() <= high:
-                    hidden |= {id(tick.label1), id(tick.label2)}
-    texts = figure.findobj(plt.Text)
-    return [text for text in texts if text.get_visible() and text.get_text().strip() and id(text) not in hidden]
-
-
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_figure_has_labels_and_clips_no_text(frames, name):
     figure = figures.FIGURES[name](frames[name])
-    with plt.style.context(plotting.STYLE):
-        FigureCanvasAgg(figure).draw()
-    width, height = figure.bbox.width, figure.bbox.height
-    for text in visible_texts(figure):
-        box = text.get_window_extent()
-        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
-        assert inside, f"{name}: {text.get_text()!r} is clipped"
+    assert clipped(figure) == []
     titles = [axes.title if axes.title.get_text() else axes._left_title for axes in figure.axes]
     boxes = [title.get_window_extent() for title in titles]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), f"{name}: titles overlap"

@@ -27,7 +27,7 @@ def test_kept_by_layer_weighs_tensors_of_a_module_by_their_size():
     assert [float(value) for value in first[1, 1:]] == pytest.approx([19.0, 5.0])  # 90 x 10 % + 10 x 100 % of 100
     assert float(second[1, 2]) == pytest.approx(10.0)
     assert float(first[0, 0]) == pytest.approx(2.0)
-    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["none", "0", "1"]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["–", "0", "1"]
 
 
 def test_a_recipe_without_a_report_says_so():

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from clipping import clipped
 from conftest import REPOSITORY
 
-from tinyr1_utils.figures import redraw_published
+from tinyr1_utils import figures
 
 PUBLISHED = REPOSITORY / "papermill_runs" / "published"
 RUNS = sorted(path.name for path in PUBLISHED.glob("*") if path.is_dir())
@@ -52,8 +53,10 @@ def test_manifests_are_whole(run):
     assert needed <= names
 
 
-def test_figures_redraw_to_the_byte(tmp_path):
-    redraw_published(PUBLISHED, tmp_path)
+def test_figures_redraw_to_the_byte_and_clip_no_text(tmp_path):
+    for file in PUBLISHED.glob("*/analysis/*.csv"):
+        run = file.parent.parent.name
+        assert clipped(figures.drawn(file.stem, figures.read_frame(file), tmp_path / run)) == [], file
     drawn = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
     committed = sorted(
         p.relative_to(REPOSITORY / "figures")

@@ -19,7 +19,9 @@ from tinyr1_utils.plotting import REPORTED_FACE, TEXT_WIDTH_IN, differences, dot
 from tinyr1_utils.records import atomic_path
 
 NARROWEST_SCALE = 5.0  # percent; an accuracy panel shows at least this much
-DASHES = ["", (4, 1.5), (1, 1), (3, 1, 1, 1)]
+DASHES = ["-", (0, (4, 1.5)), (0, (1, 1)), (0, (3, 1, 1, 1))]
+AGAIN, BENEATH = (0, (2, 2)), {"linewidth": 3.0, "alpha": 0.4, "zorder": 2}  # a branch's other forms over its first
+FARTHEST = 2.5  # times as far as the median model of a panel reaches; what reaches further is named at the edge
 
 
 @styled
@@ -48,32 +50,32 @@ def merge_recipes(frame: pd.DataFrame) -> Figure:
 
 @styled
 def token_lengths(frame: pd.DataFrame) -> Figure:
-    """Output tokens: 10-25-50-75-90 % boxes, the mean, the truncated share. Frame: `token_frame` (+ reported rows)."""
+    """Output tokens: 10-25-50-75-90 % boxes, the mean, beside them the truncated share.
+
+    A model that reaches much further than the others of its panel is named at the edge. Frame: `token_frame` (+ rows).
+    """
     if frame.empty:
         return note("token lengths: no evaluation is finished")
 
     def draw(axes, positions, part, reported):
-        shown = part.to_dict("records")
-        for y, row in zip(positions, shown, strict=True):
+        ends = part["mean"] if reported else part[["p90", "mean"]].max(axis=1)
+        reach = ends[ends <= FARTHEST * ends.median()].max()
+        axes.set_xlim(0, 1.1 * reach)
+        outside = axes.get_yaxis_transform()
+        for y, row in zip(positions, part.to_dict("records"), strict=True):
             look = looks.look(row["model"])
             if not reported:
+                cut = f"{100 * row['truncation_rate']:.0f} % cut"
+                axes.text(1.02, y, cut, transform=outside, ha="left", va="center", fontsize=5.5)
+                if max(row["p90"], row["mean"]) > reach:
+                    far = f"mean {row['mean']:.0f}, 90 % {row['p90']:.0f} →"
+                    axes.text(0.98, y, far, transform=outside, ha="right", va="center", fontsize=5.5, color=look.colour)
+                    continue
                 axes.plot([row["p10"], row["p90"]], [y, y], color=look.colour, linewidth=0.8)
                 axes.barh(y, row["p75"] - row["p25"], 0.56, row["p25"], color="white", edgecolor=look.colour, zorder=2)
                 axes.plot([row["p50"]] * 2, [y - 0.28, y + 0.28], color=look.colour, linewidth=1.4, zorder=3)
-                cut = f"{100 * row['truncation_rate']:.0f} % cut"
-                axes.text(1.0, y, cut, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=5.5)
-            face = REPORTED_FACE if reported else look.colour
-            axes.plot(
-                row["mean"],
-                y,
-                look.marker,
-                color=look.colour,
-                markerfacecolor=face,
-                markersize=0.8 * marker_size(look),
-                zorder=4,
-            )
-        reach = max(row["mean"] if reported else max(row["p90"], row["mean"]) for row in shown)
-        axes.set_xlim(0, reach * (1.1 if reported else 1.4))
+            face, size = REPORTED_FACE if reported else look.colour, 0.8 * marker_size(look)
+            axes.plot(row["mean"], y, look.marker, color=look.colour, markerfacecolor=face, markersize=size, zorder=4)
 
     return panels(frame, "benchmark", "model", "output tokens", "model", draw)
 
@@ -100,30 +102,29 @@ def loss_curves(frame: pd.DataFrame) -> Figure:
     """Training loss and held-out loss against response tokens, a line per branch. Frame: `loss_frame`.
 
     The training loss is drawn as a running mean over a twentieth of the longest branch's steps, since single batches
-    of short rows scatter more than the curve falls.
+    of short rows scatter more than the curve falls. A branch stored in another dtype lies on the one that it is of.
     """
     if frame.empty:
         return note("loss curves: no branch is trained")
-    branches = list(dict.fromkeys(frame["branch"]))
-    look = {branch: looks.look(f"sft/{branch}") for branch in branches}
-    names = {branch: look[branch].label for branch in branches}
-    shown = frame.assign(branch=frame["branch"].map(names), thousands=frame["tokens"] / 1000)
-    palette = {names[b]: look[b].colour for b in branches}
-    dashes = {names[b]: DASHES[i % len(DASHES)] for i, b in enumerate(branches)}
-    markers = {names[b]: look[b].marker for b in branches}
-    common = {"x": "thousands", "hue": "branch", "style": "branch", "palette": palette, "dashes": dashes}
     figure, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH_IN, 2.3))
-    window = max(1, shown.groupby("branch").size().max() // 20)
-    smooth = shown.groupby("branch")["loss"].transform(lambda loss: loss.rolling(window, min_periods=1).mean())
-    sns.lineplot(shown.assign(loss=smooth), y="loss", ax=left, estimator=None, legend=False, **common)
-    held_out = shown.dropna(subset="held_out_loss")
-    sns.lineplot(held_out, y="held_out_loss", ax=right, estimator=None, markers=markers, markeredgewidth=0, **common)
+    window = max(1, frame.groupby("branch").size().max() // 20)
+    families = frame["branch"].drop_duplicates().map(looks.family).value_counts()
+    colours: list[str] = []
+    for branch, part in frame.groupby("branch", sort=False):
+        look = looks.look(f"sft/{branch}")
+        style = {"color": look.colour, "linestyle": AGAIN, "marker": look.marker, "label": look.label, "zorder": 3}
+        if look.colour not in colours:
+            beneath = BENEATH if families[looks.family(branch)] > 1 else {}
+            style |= {"linestyle": DASHES[len(colours) % len(DASHES)]} | beneath
+            colours.append(look.colour)
+        smooth = part["loss"].rolling(window, min_periods=1).mean()
+        left.plot(part["tokens"] / 1000, smooth, **style | {"marker": ""})
+        held_out = part.dropna(subset="held_out_loss")
+        right.plot(held_out["tokens"] / 1000, held_out["held_out_loss"], **style)
     trained = "training" if window == 1 else f"training, mean of {window} steps"
     for axes, title, label in ((left, trained, "loss (nats per token)"), (right, "held out", "held-out loss")):
         axes.set(title=title, xlabel="tokens seen (thousands)", ylabel=label, xlim=(0, None))
-    if right.get_legend():
-        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(branches))
-        right.get_legend().remove()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     plt.close(figure)
     return figure
 
@@ -157,6 +158,8 @@ def drawn(name: str, frame: pd.DataFrame, folder: Path) -> Figure:
     with atomic_path(csv) as temporary:
         frame.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
     figure = FIGURES[name](read_frame(csv))
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # what was laid out once need not be again for each file
     with atomic_path(pdf) as temporary:
         figure.savefig(temporary, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
     with atomic_path(png) as temporary:

@@ -6,6 +6,8 @@ Does not draw and does not know which of them a run holds.
 import re
 from dataclasses import dataclass
 
+from tinyr1_utils.records import DOMAINS
+
 KINDS = ("backbone", "branch", "mixture", "merged model")
 THIS_RUN, REPORTED = "this run", "reported"
 
@@ -93,8 +95,8 @@ def look(name: str) -> Look:
     """The look of a model (`backbone`, `sft/<branch>`, `merge/<variant>`), a reported model, a domain, a change.
 
     A change's label, such as `longer_right:elaboration@4`, has the look of its name and says its manner and ratio.
-    A merged model whose variant begins with a recipe's name takes that recipe's colour and marker and its own label;
-    an unknown name is grey under its own name.
+    A merged model whose variant begins with a recipe's name takes that recipe's colour and marker, and after its label
+    what else the variant says: `merge/ties-1.0-0.5` is TIES, 1.0 0.5. An unknown name is grey under its own name.
     """
     if name in REPORTED_MODELS:
         label, twin = REPORTED_MODELS[name]
@@ -106,14 +108,24 @@ def look(name: str) -> Look:
         said = [base.label, *([manner] if manner and manner not in ("neutral", "latin") else [])]
         times = f" ×{change['ratio']}" if change["ratio"] else ""
         return Look(", ".join(said) + times, base.colour, base.marker)
-    stage, _, variant = name.rpartition("/")
-    if variant in LOOKS:
-        known = LOOKS[variant]
-        is_branch = stage == "sft" and variant != "mixture"
-        return Look(f"{known.label} branch", known.colour, known.marker) if is_branch else known
-    recipe = max((key for key in LOOKS if variant.startswith(key)), key=len, default="")
-    base = LOOKS.get(recipe, UNKNOWN)
-    return Look(variant, base.colour, base.marker)
+    plain, _, asked = name.partition("@")
+    if asked:
+        base = look(plain)
+        return Look(f"{base.label}@{asked}", base.colour, base.marker)
+    key, (stage, _, variant) = family(name), name.rpartition("/")
+    base, differs = LOOKS.get(key, UNKNOWN), variant.removeprefix(key)
+    if not key or (differs and not differs.startswith("-")):
+        return Look(variant, base.colour, base.marker)
+    label = f"{base.label} branch" if stage == "sft" and key != "mixture" else base.label
+    parts = differs.strip("-").split("-")
+    said = (" → " if len(parts) > 1 and set(parts) <= set(DOMAINS) else " ").join(parts)
+    return Look(f"{label}, {said}" if said else label, base.colour, base.marker)
+
+
+def family(name: str) -> str:
+    """The key of LOOKS that a model's variant is or begins with, as its recipe's; an empty string without one."""
+    variant = name.partition("@")[0].rpartition("/")[2]
+    return max((key for key in LOOKS if variant.startswith(key)), key=len, default="")
 
 
 def twin(reported_model: str) -> str:

@@ -56,7 +56,7 @@ def choice_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
     on_validation = average_frame(accuracy_frame(run_dir, confidence, split="validation"), confidence)
     validation = dict(zip(on_validation["model"], on_validation["pass_at_1"], strict=True))
     differences = _differences(run_dir, confidence)
-    order = _domains_in_order(run, run.get(REFERENCE, {}))
+    order = domains_in_order(run, run.get(REFERENCE, {}))
     rows = []
     for row in averages.to_dict("records"):
         manifest = run.get(row["model"].partition("@")[0], {}) if row["kind"] == "merged model" else {}
@@ -64,7 +64,7 @@ def choice_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
         branches = [run.get(f"sft/{branch}", {}) for branch in names(facts.get("merge_order", ""))]
         stored = {branch.get("parameters", {}).get("branch_dtype", "") for branch in branches}
         facts["branch_dtype"] = ",".join(sorted(stored))
-        facts["series"] = _series(facts) if manifest and _domains_in_order(run, manifest) == order else ""
+        facts["series"] = _series(facts) if manifest and domains_in_order(run, manifest) == order else ""
         known = {name: facts[name] for name in CHOICE if name in facts}
         known["validation"] = validation.get(row["model"], np.nan)
         rows.append(known | row | differences.get(row["model"], {}))
@@ -72,7 +72,7 @@ def choice_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
     return pd.DataFrame(rows if merged else [], columns=CHOICE)
 
 
-def _domains_in_order(run: dict[str, dict], merge: dict) -> list[str]:
+def domains_in_order(run: dict[str, dict], merge: dict) -> list[str]:
     """What a merge's branches were trained on, in its order: branches stored in another dtype have another name."""
     order = names(merge.get("parameters", {}).get("merge_order", ""))
     return [run.get(f"sft/{branch}", {}).get("parameters", {}).get("domains", branch) for branch in order]

@@ -11,11 +11,13 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import LogLocator, NullLocator
 
 from tinyr1_utils import looks
 from tinyr1_utils.plotting import PANEL_IN, ROW_IN, TEXT_WIDTH_IN, marker_size, note, styled
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # in their order in a layer
+MOST_LAYERS_NAMED = 36  # over the width of a figure
 RAREST_BAR = 0.1  # percent; axes end where every bar is lower
 WIDEST_LOSS = -15.0  # points; a merge that fell further is named at the edge, so that the others can be told apart
 
@@ -32,14 +34,17 @@ def delta_cosines(frame: pd.DataFrame) -> Figure:
     bar = {"label": "cosine"}
     sns.heatmap(cosines, vmin=-1, vmax=1, cmap="vlag", annot=True, fmt=".2f", cbar_kws=bar, ax=axes)
     axes.tick_params(axis="y", rotation=0)
-    axes.set(xlabel="difference to the backbone of", ylabel="and of")
+    axes.set(xlabel="difference to the backbone of", ylabel="difference to the backbone of")
     plt.close(figure)
     return figure
 
 
 @styled
 def kept_by_layer(frame: pd.DataFrame) -> Figure:
-    """The share of elements that fusion took over, module by layer, a panel per step. Frame: `deltas.kept_elements`."""
+    """The share of elements that fusion took over, module by layer, a panel per step; hatched: there is no such tensor.
+
+    Frame: `deltas.kept_elements`.
+    """
     if frame.empty:
         return note("kept fraction by layer: this recipe selects no elements")
     layered = frame.assign(taken=frame["kept_fraction"] * frame["elements"])
@@ -49,12 +54,18 @@ def kept_by_layer(frame: pd.DataFrame) -> Figure:
     size = (TEXT_WIDTH_IN, 0.9 + 0.2 * shares.index.unique("module").size)
     figure, axes = plt.subplots(1, len(steps), figsize=size, sharey=True, squeeze=False)
     for axis, step in zip(axes[0], steps, strict=True):
-        grid = shares[step].unstack().rename(columns={-1: "none"})
-        bar = {"label": "taken over (%)"}
-        last = step == steps[-1]
-        sns.heatmap(grid, vmin=0, vmax=shares.max(), cmap="viridis", ax=axis, cbar=last, cbar_kws=bar)
-        axis.set_facecolor("0.85")
-        axis.set(title=f"step {step}", xlabel="layer", ylabel="module" if axis is axes[0][0] else "")
+        grid = shares[step].unstack()
+        bar, last = {"label": "taken over (%)"}, step == steps[-1]
+        sns.heatmap(
+            grid, vmin=0, vmax=shares.max(), cmap="viridis", ax=axis, cbar=last, cbar_kws=bar, xticklabels=False
+        )
+        axis.grid(visible=False)
+        axis.patch.set(facecolor="white", hatch="//////", edgecolor="0.8")  # grey would be a share in greyscale
+        every = -(-len(steps) * grid.shape[1] // MOST_LAYERS_NAMED)
+        named = [place for place, layer in enumerate(grid.columns) if layer < 0 or layer % every == 0]
+        names = ["–" if grid.columns[place] < 0 else grid.columns[place] for place in named]
+        axis.set_xticks([place + 0.5 for place in named], names)
+        axis.set(title=f"step {step}", xlabel="layer (–: in none)", ylabel="module" if axis is axes[0][0] else "")
         axis.tick_params(axis="y", rotation=0)
     plt.close(figure)
     return figure
@@ -67,11 +78,12 @@ def _series(axes: Axes, frame: pd.DataFrame, x: str, y: str, name: str) -> None:
     axes.plot(frame[x], frame[y], look.marker + line, color=look.colour, markersize=0.7 * marker_size(look))
 
 
-def _legend(figure: Figure, series: list[str]) -> None:
+def _legend(figure: Figure, series: list[str], unmarked: str = "") -> None:
     handles = []
     for name in series:
         look = looks.look(name)
-        handles.append(plt.Line2D([], [], marker=look.marker, color=look.colour, label=look.label, markersize=4))
+        how = {"linestyle": "--"} if name == unmarked else {"marker": look.marker, "markersize": 4}
+        handles.append(plt.Line2D([], [], color=look.colour, label=look.label, **how))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(series)))
 
 
@@ -79,22 +91,25 @@ def _legend(figure: Figure, series: list[str]) -> None:
 def kept_overlap(frame: pd.DataFrame) -> Figure:
     """How the elements that an arithmetic keeps agree with the exact ones as the delta grows, and how many they are.
 
-    Dotted: the branches as they were trained. Frame: `merge_analysis.overlap_frame`.
+    Dotted: the branches as they were trained; dashed: how many exact arithmetic keeps. Frame:
+    `merge_analysis.overlap_frame`.
     """
     if frame.empty:
         return note("overlap of kept elements: not measured in this run (delta_scales is empty)")
     figure, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH_IN, 2.7))
     series = list(dict.fromkeys(frame["arithmetic"]))
     for name, part in frame.assign(kept=100 * frame["kept_fraction"]).groupby("arithmetic", sort=False):
-        if name != "exact":
-            _series(left, part, "relative_delta", "iou", name)
+        if name == "exact":
+            right.plot(part["relative_delta"], part["kept"], "--", color=looks.look(name).colour, zorder=3)
+            continue
+        _series(left, part, "relative_delta", "iou", name)
         _series(right, part, "relative_delta", "kept", name)
     for axes in (left, right):
         axes.axvline(frame.loc[frame["delta_scale"] == 1, "relative_delta"].mean(), color="0.4", linestyle=":")
         axes.set(xscale="log", xlabel="size of the delta, relative to the base's norm")
     left.set(title="agreement with exact arithmetic", ylabel="IoU of kept elements", ylim=(-0.02, 1.02))
     right.set(title="how many are kept", ylabel="kept elements (%)", ylim=(0, None))
-    _legend(figure, series)
+    _legend(figure, series, unmarked="exact")
     plt.close(figure)
     return figure
 
@@ -117,8 +132,11 @@ def accuracy_by_kept_fraction(frame: pd.DataFrame) -> Figure:
     for row in frame[frame["series"] == ""].itertuples():
         look = looks.look(row.model)
         axes.axhline(100 * row.pass_at_1, color=look.colour, linestyle="--", linewidth=0.8)
-        axes.annotate(look.label, (1, 100 * row.pass_at_1), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        axes.text(1.01, 100 * row.pass_at_1, look.label, transform=axes.get_yaxis_transform(), va="center")
     axes.set(xscale="log", xlabel="elements kept by the last step (%)", ylabel="mean pass@1 (%)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     _legend(figure, sorted(set(fusions["series"]), key=looks.order))
     plt.close(figure)
     return figure

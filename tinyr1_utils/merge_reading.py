@@ -20,7 +20,6 @@ READING = ["step", "base", "other", "module", "tensor", "shape", "elements", "ke
 READING += ["zeros", "lowest", "counts", "density"]
 # Importances whose mask is a threshold on them: those of `fusion_kernels.FACTORS`.
 THRESHOLDED = ("kl_delta", "delta", "kl")
-FUSIONS = {recipes.EXACT_FUSION, "arcee_fusion"}  # as the methods are called
 DENSITY_BLOCKS = 16  # of rows, and of columns
 
 
@@ -45,7 +44,7 @@ def layer_frame(
     exist, naming those that do. Works in a process of its own: vLLM's CPU build does not start in one that holds numba.
     """
     options = recipes.read_settings("arcee_fusion", "") | recipes.read_settings(recipe, settings)
-    if recipes.RECIPES[recipe].method not in FUSIONS or options["importance"] not in THRESHOLDED:
+    if not recipes.is_fusion(recipe) or options["importance"] not in THRESHOLDED:
         return pd.DataFrame(columns=READING)
     stored = {name: checkpoints.entries(folder) for name, folder in models.items()}
     checkpoints.check_alike(stored)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from tinyr1_utils import looks
+from tinyr1_utils import looks, recipes
 from tinyr1_utils.analysis import ESTIMATE, accuracy_frame, average_frame, benchmark_rows
 from tinyr1_utils.artifacts import completed
 from tinyr1_utils.config import BACKBONE, names
-from tinyr1_utils.merge_analysis import REFERENCE
+from tinyr1_utils.merge_analysis import REFERENCE, domains_in_order
 from tinyr1_utils.status import cost_frame
 
 PARTS = ["column", "name", "detail", "source"]
@@ -27,7 +27,7 @@ def parts_frame(run_dir: Path) -> pd.DataFrame:
     """The run as a drawing: backbone, branches and mixtures, merged models, each with its data; columns PARTS.
 
     `column` is 0 for the backbone, 1 for what is trained and 2 for what is merged; `source` names what a part is made
-    of, comma-separated.
+    of, comma-separated. A merge's `detail` is its order, and what a fusion's last step keeps.
     """
     run = completed(run_dir)
     rows = [{"column": 0, "name": BACKBONE, "detail": "", "source": ""}]
@@ -37,7 +37,10 @@ def parts_frame(run_dir: Path) -> pd.DataFrame:
         rows.append({"column": 1, "name": name, "detail": detail, "source": BACKBONE})
     for name in sorted((name for name in run if name.startswith("merge/")), key=looks.order):
         order = names(run[name]["parameters"]["merge_order"])
-        detail = f"{100 * run[name]['metrics']['changed_fraction']:.0f} % changed"
+        recipe, kept = run[name]["parameters"]["recipe"], run[name]["metrics"]["kept_fraction"]
+        sign = " → " if recipes.RECIPES[recipe].reads == "pairwise" else " + "
+        detail = sign.join(domains_in_order(run, run[name]))
+        detail += f", keeps {100 * kept:.1f} %" if recipes.is_fusion(recipe) else ""
         rows.append({"column": 2, "name": name, "detail": detail, "source": ",".join(f"sft/{b}" for b in order)})
     return pd.DataFrame(rows if len(rows) > 1 else [], columns=PARTS)
 
@@ -58,11 +61,12 @@ def training_tokens(run: dict[str, dict[str, Any]], model: str) -> float:
 def tradeoff_frame(run_dir: Path, confidence: float = 0.95) -> pd.DataFrame:
     """Mean accuracy of every model that has all benchmarks, beside the tokens it was trained on and writes; TRADEOFF.
 
-    `output_tokens` is the mean over benchmarks of a completion's tokens.
+    `output_tokens` is the mean over benchmarks of a completion's tokens. Empty for fewer than two models.
     """
     run, accuracy = completed(run_dir), accuracy_frame(run_dir, confidence)
     written = accuracy.groupby("model")["output_tokens"].mean()
     frame = average_frame(accuracy, confidence)
+    frame = frame if len(frame) > 1 else frame.head(0)
     frame["training_tokens"] = [training_tokens(run, model.partition("@")[0]) for model in frame["model"]]
     return frame.assign(output_tokens=frame["model"].map(written)).reindex(columns=TRADEOFF)
 

@@ -8,11 +8,15 @@ from collections.abc import Callable
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from tinyr1_utils import looks
 from tinyr1_utils.plotting import REPORTED_FACE, TEXT_WIDTH_IN, differences, marker_size, note, panels, styled
 
 BOX_IN, GAP_IN = 0.3, 0.1
+BOXES_IN = ((0.0, 0.7), (1.8, 1.5), (4.6, 2.4))  # left end and width of each column's boxes
+ASIDE, WIDEST_ASIDE = 0.02, 0.12  # of an axis: how far models at one place stand apart, and all of them together
 MOST_MERGES = 8  # boxes of a column; a sweep has many more merged models
 
 
@@ -26,26 +30,25 @@ def branch_and_merge(frame: pd.DataFrame) -> Figure:
     tallest = shown.groupby("column").size().max()
     figure, axes = plt.subplots(figsize=(TEXT_WIDTH_IN, tallest * (BOX_IN + GAP_IN) + 0.35))
     axes.set_axis_off()
-    axes.set(xlim=(0.15, 2.7), ylim=(tallest - 0.3, -0.9))
-    places: dict[str, tuple[float, float]] = {}
-    for (column, heading), title in zip(shown.groupby("column"), ("backbone", "trained on it", "merged"), strict=False):
-        top = (tallest - len(heading)) / 2
-        axes.text(column + 0.42, -0.75, title, ha="center", va="center", fontweight="bold")
-        for row, part in enumerate(heading.itertuples()):
-            look, places[part.name] = looks.look(part.name), (column, top + row)
+    axes.set(xlim=(-0.02, TEXT_WIDTH_IN + 0.02), ylim=(tallest - 0.3, -0.9))
+    places: dict[str, float] = {}
+    for (column, parts), title in zip(shown.groupby("column"), ("backbone", "trained on it", "merged"), strict=False):
+        left, width = BOXES_IN[column]
+        axes.text(left + width / 2, -0.75, title, ha="center", va="center", fontweight="bold")
+        for row, part in enumerate(parts.itertuples()):
+            look, y = looks.look(part.name), (tallest - len(parts)) / 2 + row
+            places[part.name] = y
+            high = BOX_IN / (BOX_IN + GAP_IN)
+            axes.add_patch(
+                Rectangle((left, y - high / 2), width, high, fill=False, edgecolor=look.colour, linewidth=1.2)
+            )
             label = look.label if not part.detail else f"{look.label}\n{part.detail}"
-            box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": look.colour, "linewidth": 1.2}
-            axes.text(column + 0.42, top + row, label, ha="center", va="center", fontsize=6.5, bbox=box)
-    for part in shown.itertuples():
-        x, y = places[part.name]
-        for source in filter(None, part.source.split(",")):
-            if source in places:
-                x_from, y_from = places[source]
-                # From centre to centre: the boxes lie over the ends.
-                colour = looks.look(source).colour
-                axes.plot([x_from + 0.42, x + 0.42], [y_from, y], color=colour, linewidth=0.7, alpha=0.7, zorder=0)
+            axes.text(left + width / 2, y, label, ha="center", va="center", fontsize=6.5)
+            for source in (name for name in part.source.split(",") if name in places):
+                gap = [sum(BOXES_IN[column - 1]), left]  # a line runs between the boxes alone
+                axes.plot(gap, [places[source], y], color=looks.look(source).colour, linewidth=0.7, alpha=0.7)
     if left_out:
-        axes.text(2.42, tallest - 0.4, f"and {left_out} more", ha="center", va="center", fontsize=6.5)
+        axes.text(TEXT_WIDTH_IN, tallest - 0.4, f"and {left_out} more", ha="right", va="center", fontsize=6.5)
     plt.close(figure)
     return figure
 
@@ -54,25 +57,40 @@ def branch_and_merge(frame: pd.DataFrame) -> Figure:
 def accuracy_by_cost(frame: pd.DataFrame) -> Figure:
     """Mean accuracy against tokens trained on, a merge's those of all its branches, and tokens written.
 
-    Frame: `tradeoff_frame`.
+    Dashed: the best mean at that cost or less. Models at one place stand side by side. Frame: `tradeoff_frame`.
     """
-    if frame.empty:
-        return note("accuracy by cost: no model has all benchmarks")
+    if len(frame) < 2:
+        return note("accuracy by cost: fewer than two models have all benchmarks")
     figure, (left, right) = plt.subplots(1, 2, figsize=(TEXT_WIDTH_IN, 2.4), sharey=True)
-    labels = (("training_tokens", "tokens trained on (thousands)", 1e-3), ("output_tokens", "tokens written", 1.0))
-    for axes, (column, xlabel, scale) in zip((left, right), labels, strict=True):
-        for row in frame.dropna(subset=column).to_dict("records"):
-            look, x = looks.look(row["model"]), scale * row[column]
+    costs = (("training_tokens", "tokens trained on (thousands)", 1e-3), ("output_tokens", "tokens written", 1.0))
+    for axes, (column, xlabel, scale) in zip((left, right), costs, strict=True):
+        part = frame.dropna(subset=column).sort_values([column, "pass_at_1"], ascending=[True, False])
+        places, best = _side_by_side(scale * part[column]), 100 * part["pass_at_1"].cummax()
+        axes.step(places, best, where="post", color="0.6", linewidth=0.8, linestyle="--", zorder=0)
+        for x, row in zip(places, part.to_dict("records"), strict=True):
+            look = looks.look(row["model"])
             axes.plot([x, x], [100 * row["low"], 100 * row["high"]], color=look.colour, linewidth=0.8)
-            y = 100 * row["pass_at_1"]
-            axes.plot(x, y, look.marker, color=look.colour, markersize=marker_size(look), label=look.label)
+            axes.plot(x, 100 * row["pass_at_1"], look.marker, color=look.colour, markersize=marker_size(look))
         axes.set_xlabel(xlabel)
         axes.margins(x=0.08)
     left.set_ylabel("mean pass@1 (%)")
-    handles, names = right.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center")
+    shown = {}
+    for model in frame["model"]:  # of a recipe's variants, which look alike, the first stands for all
+        look = looks.look(model)
+        mark = Line2D([], [], linestyle="", marker=look.marker, color=look.colour, markersize=marker_size(look))
+        shown.setdefault((look.colour, look.marker), (mark, looks.look(model).label.partition(",")[0]))
+    figure.legend(*zip(*shown.values(), strict=True), loc="outside right center")
     plt.close(figure)
     return figure
+
+
+def _side_by_side(places: pd.Series) -> list[float]:
+    """The places, and around them those of models that would stand on one another. Takes sorted places."""
+    span = places.max() - places.min() or 1.0
+    together = (places.diff() > 0.5 * ASIDE * span).cumsum()
+    rank, count = together.groupby(together).cumcount(), together.map(together.value_counts())
+    step = (WIDEST_ASIDE / (count - 1).clip(lower=1)).clip(upper=ASIDE) * span
+    return (places + step * (rank - (count - 1) / 2)).to_list()
 
 
 @styled

@@ -62,7 +62,7 @@ def _frame_panel(axes: Axes, rows: list[str], origin: str, title: str) -> None:
     axes.set_yticks(range(len(rows)), [looks.look(row).label for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.margins(x=0.08)
 
 

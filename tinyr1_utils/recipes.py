@@ -92,6 +92,11 @@ RECIPES: dict[str, Recipe] = {
 }  # fmt: skip
 
 
+def is_fusion(recipe: str) -> bool:
+    """Whether a recipe keeps some elements of each next branch, so that how many it keeps says something."""
+    return recipe in RECIPES and RECIPES[recipe].method in (EXACT_FUSION, "arcee_fusion")
+
+
 def read_settings(recipe: str, text: str) -> dict[str, float | int | str]:
     """A recipe's settings: its defaults, and what `text` (`name=value, name=value`) says instead.
 

@@ -4,6 +4,7 @@ Frames come from `stress_analysis`; the style and the grid from `plotting`. A sc
 everywhere, a change of length one line.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import matplotlib.pyplot as plt
@@ -14,11 +15,12 @@ from matplotlib.lines import Line2D
 
 from tinyr1_utils import looks
 from tinyr1_utils.perturbations import split_label
-from tinyr1_utils.plotting import COLUMNS, REPORTED_FACE, ROW_IN, TEXT_WIDTH_IN, note, panels, styled
+from tinyr1_utils.plotting import REPORTED_FACE, ROW_IN, TEXT_WIDTH_IN, note, panels, styled
 from tinyr1_utils.stress_analysis import change_order
 
 FEWEST = 10  # problems
 LINES = {"restatement": "--", "elaboration": ":", "paraphrase": "-."}
+DOSE_IN, TITLE_LETTERS = 1.5, 128  # of `dose_response`: the height of a row, and what a line of titles holds
 SPREAD = 0.6  # of a row's height, over which the scorings of one change are spread
 
 
@@ -121,40 +123,48 @@ def longest_options(frame: pd.DataFrame) -> Figure:
 
 @styled
 def dose_response(frame: pd.DataFrame) -> Figure:
-    """Accuracy against the length ratio asked for, a panel per model, benchmark and scoring. Frame: `dose_frame`."""
+    """Accuracy against the length ratio asked for, a row per model and benchmark, a column per scoring.
+
+    Frame: `dose_frame`.
+    """
     if frame.empty:
         return note("dose response: no change of length is tested")
     tests = list(dict.fromkeys(zip(frame["model"], frame["benchmark"], strict=True)))
-    groups = sorted(
-        frame.groupby(["model", "benchmark", "scoring"]),
-        key=lambda group: (tests.index(group[0][:2]), looks.order(group[0][2])),
-    )
-    lines = -(-len(groups) // COLUMNS)
-    width = min(COLUMNS, len(groups))
-    figure, grid = plt.subplots(lines, width, squeeze=False, figsize=(TEXT_WIDTH_IN, 1.75 * lines + 0.3), sharey=True)
-    drawn: dict[str, Line2D] = {}
-    for axes, ((model, benchmark, scoring), part) in zip(grid.flat, groups, strict=False):
-        for (change, manner), line in part.groupby(["change", "manner"], sort=False):
-            look, style = looks.look(change), LINES.get(manner, "-")
-            label = look.label if style == "-" else f"{look.label}, {manner}"
-            (drawn[label],) = axes.plot(
-                line["ratio"], 100 * line["accuracy"], style, marker=look.marker, color=look.colour, markersize=3.2
-            )
-            bounds = 100 * line["low"], 100 * line["high"]
-            axes.fill_between(line["ratio"], *bounds, color=look.colour, alpha=0.12, linewidth=0)
+    scorings = sorted(dict.fromkeys(frame["scoring"]), key=looks.order)
+    size = (TEXT_WIDTH_IN, DOSE_IN * len(tests) + 0.3)
+    figure, grid = plt.subplots(len(tests), len(scorings), squeeze=False, figsize=size, sharey=True)
+    ratios, drawn = sorted(set(frame["ratio"])), {}
+    for (row, test), (column, scoring) in itertools.product(enumerate(tests), enumerate(scorings)):
+        axes, asked = grid[row][column], frame[["model", "benchmark", "scoring"]].eq((*test, scoring)).all(axis=1)
+        if not asked.any():
+            axes.remove()
+            continue
+        _doses(axes, frame[asked], drawn)
         axes.set_xscale("log", base=2)
-        ratios = sorted(set(part["ratio"]))
+        axes.set(xlim=(0.9 * ratios[0], 1.1 * ratios[-1]), xlabel="option length (times its own)")
         axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
         axes.minorticks_off()
-        axes.set_title(f"{looks.look(model).label}, {benchmark}\n{looks.look(scoring).label}", fontsize=6.5)
-        axes.set_xlabel("length of the option (times its own)")
-    for row in grid:
-        row[0].set_ylabel("accuracy (%)")
-    for axes in list(grid.flat)[len(groups) :]:
-        axes.remove()
+        titles = f"{looks.look(test[0]).label}, {test[1]}", looks.look(scoring).label
+        fit = (t if len(t) * len(scorings) <= TITLE_LETTERS else t.replace(", ", ",\n") for t in titles)
+        axes.set_title("\n".join(fit), fontsize=6)
+        if not any(other.get_ylabel() for other in grid[row][:column]):
+            axes.set_ylabel("accuracy (%)")
+            axes.tick_params(labelleft=True)
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(3, len(drawn)))
     plt.close(figure)
     return figure
+
+
+def _doses(axes: Axes, part: pd.DataFrame, drawn: dict[str, Line2D]) -> None:
+    """The lines of one model, benchmark and scoring with their bands; enters each kind of line in `drawn` by label."""
+    for (change, manner), line in part.groupby(["change", "manner"], sort=False):
+        look, style = looks.look(change), LINES.get(manner, "-")
+        label = look.label if style == "-" else f"{look.label}, {manner}"
+        (drawn[label],) = axes.plot(
+            line["ratio"], 100 * line["accuracy"], style, marker=look.marker, color=look.colour, markersize=3.2
+        )
+        bounds = 100 * line["low"], 100 * line["high"]
+        axes.fill_between(line["ratio"], *bounds, color=look.colour, alpha=0.12, linewidth=0)
 
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {

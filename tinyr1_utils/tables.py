@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from tinyr1_utils import looks
+from tinyr1_utils import looks, recipes
 from tinyr1_utils.comparisons import MEAN
 from tinyr1_utils.records import atomic_path
 
@@ -122,7 +122,7 @@ def choice_table(choices: pd.DataFrame) -> pd.DataFrame:
             "recipe": r.recipe if pd.notna(r.recipe) else EMPTY,
             "settings": r.settings if pd.notna(r.settings) and r.settings else EMPTY,
             "merge order": r.merge_order.replace(",", " → ") if pd.notna(r.merge_order) else EMPTY,
-            "kept (%)": _percent(r.kept_fraction),
+            "kept (%)": _percent(r.kept_fraction) if recipes.is_fusion(r.recipe) else EMPTY,
             "validation (%)": _percent(r.validation),
             "test (%)": _percent(r.pass_at_1, r.stderr),
             "minus Arcee Fusion (points)": _signed(r.difference, r.difference_low, r.difference_high),
