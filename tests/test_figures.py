@@ -19,6 +19,7 @@ from tinyr1_utils import (
     stress_analysis,
     tables,
 )
+from tinyr1_utils.artifacts import read_json, write_json
 
 NO_LEADER = pd.DataFrame(columns=comparisons.LEADER)
 
@@ -30,6 +31,14 @@ def two_fusions(choices):
 
 def branches_alone(gains):
     return gains[gains["kind"].isin(["branch", "mixture"])]
+
+
+def merged_of_two(run):
+    """A run whose linear merge is passed off as one of math and science."""
+    file = run / "merge" / "linear" / "manifest.json"
+    manifest = read_json(file)
+    write_json(file, manifest | {"parameters": manifest["parameters"] | {"merge_order": "math,science"}})
+    return run
 
 
 def other_run(run):
@@ -52,6 +61,10 @@ def frames(tmp_path_factory):
         ),
         "branch_gains": branches_alone(comparisons.gain_frame(run)),
         "run_differences": run_comparison.against_runs(run, [other_run(run)]),
+        "pair_merges": reported.beside(
+            overview.pair_frame(pair := merged_of_two(run.parent / "other"), analysis.accuracy_frame(pair)),
+            reported.accuracy_rows(("Figure 2",)),
+        ),
         "branch_and_merge": overview.parts_frame(run),
         "accuracy_by_cost": overview.tradeoff_frame(run),
         "dose_response": stress_analysis.dose_frame(run),

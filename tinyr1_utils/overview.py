@@ -101,6 +101,17 @@ def headline_frame(accuracy: pd.DataFrame) -> pd.DataFrame:
     return accuracy[accuracy["kind"].isin(["backbone", "mixture"]) | (plain if plain.any() else merged)]
 
 
+def pair_frame(run_dir: Path, accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Of `accuracy_frame` what the paper's Figure 2 shows: merges of math and science alone, and both branches.
+
+    On the science benchmarks. Empty for a run without such merges.
+    """
+    run = completed(run_dir)
+    merged = {n for n in run if n.startswith("merge/") and sorted(domains_in_order(run, run[n])) == ["math", "science"]}
+    shown = accuracy[(accuracy["domain"] == "science") & accuracy["model"].isin(merged | {"sft/math", "sft/science"})]
+    return shown if shown["model"].isin(merged).any() else shown.head(0)
+
+
 def power_frame(run_dir: Path) -> pd.DataFrame:
     """How sure each score is, and how many samples a problem make the benchmark's own mean sure to 1 point.
 

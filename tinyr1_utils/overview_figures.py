@@ -99,8 +99,20 @@ def accuracy_bars(frame: pd.DataFrame) -> Figure:
 
     Frame: `headline_frame` (+ reported rows of Table 1).
     """
-    if frame.empty:
-        return note("accuracy as bars: no evaluation is finished")
+    return _bars(frame) if len(frame) else note("accuracy as bars: no evaluation is finished")
+
+
+@styled
+def pair_merges(frame: pd.DataFrame) -> Figure:
+    """pass@1 of the merges of math and science alone beside their branches, as bars; shaded: reported at 32B.
+
+    Frame: `pair_frame` (+ reported rows of Figure 2).
+    """
+    return _bars(frame) if len(frame) else note("merges of math and science: this run has none of these two alone")
+
+
+def _bars(frame: pd.DataFrame) -> Figure:
+    """pass@1 as bars with intervals, a panel per benchmark."""
 
     def draw(axes, positions, part, reported):
         for y, row in zip(positions, part.to_dict("records"), strict=True):
@@ -159,5 +171,5 @@ def run_differences(frame: pd.DataFrame) -> Figure:
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     function.__name__: function
-    for function in (branch_and_merge, accuracy_bars, branch_gains, accuracy_by_cost, run_differences)
+    for function in (branch_and_merge, accuracy_bars, pair_merges, branch_gains, accuracy_by_cost, run_differences)
 }

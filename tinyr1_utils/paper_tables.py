@@ -32,8 +32,10 @@ def _hours(value: float) -> str:
     return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
 
 
-def _twin(table: str, columns: list[_Column], reported: pd.DataFrame, models: list[str]) -> pd.DataFrame:
-    """The reported rows of one of the paper's tables, then this run's models."""
+def _twin(
+    table: str, columns: list[_Column], reported: pd.DataFrame, models: list[str], *, alone: bool = False
+) -> pd.DataFrame:
+    """The reported rows of one of the paper's tables, then this run's models; without any, nothing, unless `alone`."""
     rows = []
     for model, facts in reported[reported["table"] == table].groupby("model", sort=False):
         printed = {(r.benchmark, r.metric): _printed(r.metric, r.value) for r in facts.itertuples()}
@@ -42,7 +44,8 @@ def _twin(table: str, columns: list[_Column], reported: pd.DataFrame, models: li
     for model in models:
         cells = {column.name: column.own.get(model, EMPTY) for column in columns}
         rows.append({"origin": looks.THIS_RUN, "model": looks.look(model).label} | cells)
-    return pd.DataFrame(rows if models else [], columns=["origin", "model", *(column.name for column in columns)])
+    shown = rows if models or alone else []
+    return pd.DataFrame(shown, columns=["origin", "model", *(column.name for column in columns)])
 
 
 def _skills(accuracy: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
@@ -99,7 +102,10 @@ def table_2(accuracy: pd.DataFrame, hours: pd.DataFrame, reported: pd.DataFrame)
 
 
 def table_3(accuracy: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
-    """Table 3: general skills, as far as this run asked for them. Frame: `accuracy_frame`."""
+    """Table 3: general skills as reported, and below them this run's as far as it asked for them.
+
+    Frames: `accuracy_frame`, `reported.reported_frame`.
+    """
     own = accuracy[accuracy["benchmark"].isin(GENERAL_SKILLS.values())]
     columns = [
         _Column(
@@ -109,4 +115,4 @@ def table_3(accuracy: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
         )
         for paper, ours in GENERAL_SKILLS.items()
     ]
-    return _twin("Table 3", columns, reported, list(dict.fromkeys(own["model"])))
+    return _twin("Table 3", columns, reported, list(dict.fromkeys(own["model"])), alone=True)

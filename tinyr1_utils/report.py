@@ -12,7 +12,7 @@ import jinja2
 import markupsafe
 import pandas as pd
 
-from tinyr1_utils import executed_pages, status
+from tinyr1_utils import executed_pages, looks, status
 from tinyr1_utils.artifacts import PROVENANCE, read_json
 from tinyr1_utils.config import STAGES
 from tinyr1_utils.records import atomic_path
@@ -28,6 +28,7 @@ MADE_BY = {
     "accuracy_by_model": ("evaluation",),
     "branch_gains": ("evaluation",),
     "merge_recipes": ("evaluation",),
+    "pair_merges": ("merge", "evaluation"),
     "merge_choices": ("merge", "evaluation"),
     "accuracy_by_kept_fraction": ("merge", "evaluation"),
     "kept_by_layer": ("merge",),
@@ -60,6 +61,13 @@ def _count(frame: pd.DataFrame) -> str:
         return "no problems"
     low, high = int(counts.min()), int(counts.max())
     return f"{low} problems" if low == high else f"{low} to {high} problems"
+
+
+def _not_run(frame: pd.DataFrame) -> list[str]:
+    """The reported models of a frame whose part no model of the run plays, by their labels."""
+    own = set(frame.loc[frame["origin"] == looks.THIS_RUN, "model"].map(looks.family))
+    told = dict.fromkeys(frame.loc[frame["origin"] == looks.REPORTED, "model"])
+    return [looks.look(model).label for model in told if looks.family(looks.twin(model)) not in own]
 
 
 def _shown(table: pd.DataFrame, name: str) -> markupsafe.Markup:
@@ -160,6 +168,8 @@ def report_html(
         counts={name: _count(frame) for name, frame in shown.items()},
         left_out=[name.replace("_", " ") for name in frames if name not in shown],
         level=level,
+        not_run=_not_run(shown["pair_merges"]) if "pair_merges" in shown else [],
+        reported_alone=[n for n, t in tables.items() if "origin" in t and not (t["origin"] == looks.THIS_RUN).any()],
         stages=stages,
         commit=next(row["commit"] for row in stages[ANALYSIS]["rows"] if row["variant"] == variant),
         made_by={name: [stage for stage in makers if stage in stages] for name, makers in MADE_BY.items()},
