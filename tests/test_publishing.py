@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tinyr1_utils import publishing, tables
-from tinyr1_utils.artifacts import write_json
+from tinyr1_utils.artifacts import read_json, write_json
 from tinyr1_utils.config import load_config
 
 
@@ -70,6 +70,20 @@ def test_what_is_published(run, tmp_path, monkeypatch):
     assert shown == ["arcee_fusion", "backbone", "code"]
     text = (target / "evaluation" / "backbone" / "executed.ipynb").read_text()
     assert str(tmp_path) not in text and "papermill" not in text and "print('.')" in text
+
+
+def test_a_notebook_names_neither_its_host_nor_where_data_lie(run, tmp_path):
+    folder = run / "evaluation" / "backbone"
+    provenance = read_json(folder / "provenance.json")
+    places = {"host": "node-7.example", "data_root": f"{tmp_path}/data sets/"}
+    write_json(folder / "provenance.json", provenance | places)
+    notebook = nbformat.read(folder / "executed.ipynb", as_version=4)
+    told = f"reading {tmp_path}/data sets/a.jsonl\n/elsewhere on node-7.example:29500, not on node-7.example-2"
+    notebook.cells[0].outputs = [nbformat.v4.new_output("stream", text=told)]
+    nbformat.write(notebook, folder / "executed.ipynb")
+    target = publishing.publish(load_config("configs/micro.yaml"))
+    (cell,) = nbformat.read(target / "evaluation" / "backbone" / "executed.ipynb", as_version=4).cells
+    assert cell.outputs[0].text == "reading DATA_ROOT/a.jsonl\n/elsewhere on HOST:29500, not on node-7.example-2"
 
 
 def test_an_unfinished_run_is_not_published(run):

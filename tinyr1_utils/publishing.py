@@ -6,13 +6,15 @@
 import base64
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import nbformat
 
-from tinyr1_utils.artifacts import EXECUTED, MANIFEST, completed
+from tinyr1_utils.artifacts import EXECUTED, MANIFEST, PROVENANCE, completed, read_json
 from tinyr1_utils.config import RunConfig, names, project_root
 from tinyr1_utils.executed_pages import is_current
 from tinyr1_utils.masking import masked
@@ -52,7 +54,7 @@ def publish(config: RunConfig) -> Path:
         if not (generated or stage in WITHOUT_TEXT) or shown[stage] > NOTEBOOKS_PER_STAGE:
             continue
         if is_current(run_dir / name):
-            _publish_notebook(run_dir / name / EXECUTED, target / name / EXECUTED)
+            _publish_notebook(run_dir / name, target / name / EXECUTED)
         else:
             print(f"not published: {name} has no executed notebook of the run that made it")
     for kind, endings, heading_lines in SHOWN:
@@ -73,8 +75,9 @@ def _all_generated(manifests: dict[str, dict]) -> bool:
     return bool(curated) and all(name.startswith("micro-") for name in read)
 
 
-def _publish_notebook(source: Path, target: Path) -> None:
-    """An executed notebook without papermill's metadata, library warnings, secrets and this machine's paths."""
+def _publish_notebook(folder: Path, target: Path) -> None:
+    """A stage's executed notebook without papermill's metadata, library warnings, secrets and its machine's names."""
+    source = folder / EXECUTED
     notebook = nbformat.read(source, as_version=4)
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
@@ -84,13 +87,23 @@ def _publish_notebook(source: Path, target: Path) -> None:
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
             for data in (o.data for o in cell.outputs if "image/png" in o.get("data", {})):
                 data["image/png"] = _fewer_colours(data["image/png"])
-    text = masked(nbformat.writes(notebook))
-    for path in (str(project_root()), str(Path.home())):
-        text = text.replace(json.dumps(path)[1:-1], ".")
+    text = _without_machine(masked(nbformat.writes(notebook)), read_json(folder / PROVENANCE))
     if len(text.encode()) > LARGEST_NOTEBOOK_BYTES:
         print(f"not published: {source} has {len(text.encode()):,} bytes, more than {LARGEST_NOTEBOOK_BYTES:,}")
         return
     target.write_text(text + "\n", encoding="utf-8")
+
+
+def _without_machine(text: str, provenance: dict[str, Any]) -> str:
+    """JSON text with other words for the places and the host that it was made at; the longest path first."""
+    said = {str(project_root()): ".", str(Path.home()): "."}
+    data_root = provenance.get("data_root", "")
+    if Path(data_root).is_absolute():
+        said[data_root.rstrip("/")] = "DATA_ROOT"
+    for path in sorted(said, key=len, reverse=True):
+        text = text.replace(json.dumps(path)[1:-1], said[path])
+    host = re.escape(provenance.get("host", ""))
+    return re.sub(rf"(?<![\w.-]){host}(?![\w-])", "HOST", text) if host else text
 
 
 def _fewer_colours(png: str) -> str:

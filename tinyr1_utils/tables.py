@@ -34,11 +34,16 @@ class Best(str):
     """A cell in bold: the best of its column, and told apart from all the others by a paired test."""
 
 
+def _points(share: float) -> float:
+    """A share in percent, to nine digits: what it is in a frame's CSV is rounded as what it was computed to be."""
+    return round(100 * share, 7)
+
+
 def _percent(value: float, stderr: float | None = None) -> str:
     """A share as percent with its standard error, where there is one."""
     if pd.isna(value):
         return EMPTY
-    return f"{100 * value:.1f}" + ("" if stderr is None or pd.isna(stderr) else f" ± {100 * stderr:.1f}")
+    return f"{_points(value):.1f}" + ("" if stderr is None or pd.isna(stderr) else f" ± {_points(stderr):.1f}")
 
 
 def rate(record: Any) -> str:
@@ -52,11 +57,11 @@ def _signed(difference: float, low: float, high: float) -> str:
     """A difference in percentage points with its interval, where there is one."""
     if pd.isna(difference):
         return EMPTY
-    number = f"{100 * difference:+.1f}"
-    return number if pd.isna(low) else f"{number} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    number = f"{_points(difference):+.1f}"
+    return number if pd.isna(low) else f"{number} [{_points(low):+.1f}, {_points(high):+.1f}]"
 
 
-def _points(row: Any) -> str:
+def _difference(row: Any) -> str:
     """`_signed` of a gain, merge or stress frame's row."""
     return _signed(row.difference, row.low, row.high)
 
@@ -111,7 +116,7 @@ def difference_table(frame: pd.DataFrame) -> pd.DataFrame:
         return domain if record.origin == looks.THIS_RUN else f"{MARK}{record.benchmark}"
 
     own, reported = (frame[frame["origin"] == origin] for origin in (looks.THIS_RUN, looks.REPORTED))
-    return _with_twins(_wide(own, "model", column, _points), own, reported, _points)
+    return _with_twins(_wide(own, "model", column, _difference), own, reported, _difference)
 
 
 def choice_table(choices: pd.DataFrame) -> pd.DataFrame:
@@ -119,15 +124,15 @@ def choice_table(choices: pd.DataFrame) -> pd.DataFrame:
     lines = [
         {
             "model": looks.look(r.model).label,
-            "recipe": r.recipe if pd.notna(r.recipe) else EMPTY,
-            "settings": r.settings if pd.notna(r.settings) and r.settings else EMPTY,
-            "merge order": r.merge_order.replace(",", " → ") if pd.notna(r.merge_order) else EMPTY,
+            "recipe": r.recipe or EMPTY,
+            "settings": r.settings or EMPTY,
+            "merge order": r.merge_order.replace(",", " → ") or EMPTY,
             "kept (%)": _percent(r.kept_fraction) if recipes.is_fusion(r.recipe) else EMPTY,
             "validation (%)": _percent(r.validation),
             "test (%)": _percent(r.pass_at_1, r.stderr),
             "minus Arcee Fusion (points)": _signed(r.difference, r.difference_low, r.difference_high),
         }
-        for r in choices.itertuples()
+        for r in choices.fillna(dict.fromkeys(("recipe", "settings", "merge_order"), "")).itertuples()
     ]
     return pd.DataFrame(lines)
 
@@ -186,7 +191,7 @@ def stress_table(stress: pd.DataFrame) -> pd.DataFrame:
             "change": looks.look(r.change).label,
             "unchanged (%)": _percent(r.accuracy_original),
             "changed (%)": _percent(r.accuracy_changed),
-            "difference (points)": _points(r),
+            "difference (points)": _difference(r),
             "right to wrong (%)": _percent(r.right_to_wrong),
             "wrong to right (%)": _percent(r.wrong_to_right),
             "no answer (%)": _percent(r.no_answer_rate),
@@ -352,7 +357,7 @@ def summary(gains: pd.DataFrame, merges: pd.DataFrame, average: pd.DataFrame) ->
     said = []
     own = gains[(gains["kind"] == "branch") & (gains["model"] == "sft/" + gains["domain"])]
     for row in own.itertuples():
-        said.append(f"{looks.look(row.model).label} minus backbone on {row.benchmark}: {_points(row)} points.")
+        said.append(f"{looks.look(row.model).label} minus backbone on {row.benchmark}: {_difference(row)} points.")
     for kind in looks.KINDS:
         group = average[average["kind"] == kind]
         if len(group) and kind != "branch":
