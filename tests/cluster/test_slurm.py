@@ -14,7 +14,7 @@ import slurm_daemons
 import test_sft
 import two_hosts
 import yaml
-from conftest import REPOSITORY, manifests, write_config
+from conftest import REPOSITORY, UNSAFE, manifests, write_config
 from waiting import until
 
 from tinyr1_utils import launch
@@ -137,18 +137,19 @@ def test_the_pipeline_leaves_the_local_manifests_though_jobs_and_nodes_are_lost(
 
 
 def test_what_a_notebook_fails_at_is_not_tried_again(node, project):
-    """An error in the notebook: one sentence, and the second attempt ends at once."""
+    """An error in the notebook: one sentence, and the second attempt ends at once. Paths reach it as they are."""
     path = project / "notebooks/01_data_curation.ipynb"
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells.insert(3, nbformat.v4.new_code_cell("raise ValueError('no such row')"))
+    notebook.cells.insert(3, nbformat.v4.new_code_cell("raise ValueError(f'no such row in {data_root}')"))
     nbformat.write(notebook, path)
     sections = {"curation": only_math("curation"), "sft": NONE, "merge": NONE, "evaluation": NONE, "stress": NONE}
-    config = write_config(project, "fails", **sections)
-    assert "did not finish; what is done is kept" in finish(*start(node[1], project, config, *PROFILE), code=1)
+    config = write_config(project, "fails", **sections).rename(project / "configs" / UNSAFE[0])
+    started = start(node[1], project, config, *PROFILE, "--data-root", UNSAFE[1])
+    assert "did not finish; what is done is kept" in finish(*started, code=1)
     jobs = told(node[1], "squeue", "--states=all", "--noheader", "--format=%k %T").splitlines()
     assert jobs.count("rule_curation_wildcards_math FAILED") == 3
     said = (project / "papermill_runs/fails/curation/math/run.log").read_text()
-    assert "curation/math failed and is not tried again in this run: ValueError: no such row" in said
+    assert f"curation/math failed and is not tried again in this run: ValueError: no such row in {UNSAFE[1]}" in said
     assert "cell 1 of" not in said
 
 
