@@ -57,6 +57,17 @@ def test_no_file_names_a_registry():
     assert {file.name: forbidden.findall(file.read_text()) for file in files} == {file.name: [] for file in files}
 
 
+def test_the_citation_has_what_its_format_asks_for():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cited["cff-version"] == "1.2.0" and cited["message"]
+    assert cited["version"] == project["version"] and cited["license"] == project["license"]
+    assert [work["url"][-10:] for work in cited["references"]] == ["2503.04872", "2502.12459"]
+    for work in (cited, *cited["references"]):
+        assert work["type"] and work["title"] and all(set(author) == {"name"} for author in work["authors"])
+    assert f"# {cited['title']}\n" in (ROOT / "README.md").read_text()
+
+
 def test_conda_environment_and_package_use_the_same_files():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     (pip,) = [entry["pip"] for entry in conda if isinstance(entry, dict)]
