@@ -335,6 +335,8 @@ def print_comparison(arguments: argparse.Namespace) -> None:
             raise FileNotFoundError(f"no run {folder.name} in papermill_runs: name two finished runs")
     for row in parameter_differences(*folders).itertuples():
         print(f"{row.stage}.{row.parameter}: {row.first or '-'} -> {row.second or '-'}  ({row.variants})")
+    what = "pass@1 (%), difference [95 % interval]  sign test's p, problems"
+    print(f"{'benchmark':24}{'variant':24}{folders[0].name} -> {folders[1].name}: {what}")
     for row in score_differences(*folders).itertuples():
         points = f"{100 * row.difference:+.1f} [{100 * row.low:+.1f}, {100 * row.high:+.1f}] points"
         print(
