@@ -73,7 +73,7 @@ publish: bootstrap ## copy a finished run's small results to papermill_runs/publ
 lm-eval: bootstrap ## add lm-evaluation-harness (optional), for IFEval and BBH
 	@$(VENV_PYTHON) -m pip install -q --disable-pip-version-check --no-deps -r requirements/lm-eval.lock
 
-licences: bootstrap ## write requirements/licences.csv anew: what licence each package of cpu.lock says it has
+licences: bootstrap lm-eval ## write requirements/licences.csv anew: what licence each package of the locks says it has
 	@$(VENV_PYTHON) scripts/licences.py
 
 benchmark-grading: bootstrap ## grading and sampling beside their peers: time, agreement

@@ -59,13 +59,17 @@ PERMISSIVE = """0BSD Apache-2.0 BSD BSD-2-Clause BSD-3-Clause BSL-1.0 CC0-1.0 CN
 Unlicense public-domain""".split()
 # Whoever changes these has to publish the change. They are used as they come: mergekit and bubblewrap as programs of
 # their own, the others as libraries.
-WEAK_COPYLEFT = ["LGPL-2.0-or-later", "LGPL-2.1-only", "LGPL-3.0-only", "MPL-2.0"]
+WEAK_COPYLEFT = ["LGPL-2.0-or-later", "LGPL-2.1-only", "LGPL-2.1-or-later", "LGPL-3.0-only", "MPL-2.0"]
+# Its own terms: installed from its builds, and passed on by nobody here.
+NVIDIA = "LicenseRef-NVIDIA-Proprietary"
 OTHERS = {
     # Free to use and to pass on, not to change: OpenMP's runtime, which vLLM's build for CPUs asks for.
     "intel-openmp": "Intel-EULA",
     "intel-cmplr-lib-ur": "Intel-EULA",
     # Under the GPL is its mode for Emacs alone, which no wheel holds.
     "docutils": "public-domain AND BSD AND GPL",
+    # Holds nothing but the names of NVIDIA's packages.
+    "cuda-toolkit": "none-stated",
 }
 
 
@@ -421,20 +425,42 @@ def test_every_package_has_a_licence_that_this_project_can_use():
     with open(REPOSITORY / "requirements" / "licences.csv", newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     remedy = "run scripts/licences.py again (make licences)"
-    assert {row["package"]: row["version"] for row in rows} == pins("cpu.lock"), remedy
+    for lock in licences.LOCKS:
+        listed = {row["package"]: row["version"] for row in rows if lock in row["locks"].split()}
+        assert listed == pins(f"{lock}.lock"), remedy
     assert [row["package"] for row in rows] == sorted(row["package"] for row in rows)
-    usable = {*PERMISSIVE, *WEAK_COPYLEFT}
+    assert {row["locks"] for row in rows if row["licence"] == NVIDIA} == {"gpu"}
+    usable = {*PERMISSIVE, *WEAK_COPYLEFT, NVIDIA}
     others = {row["package"]: row["licence"] for row in rows if not parts(row["licence"]) <= usable}
     assert others == OTHERS
 
 
 def test_the_table_says_what_the_installed_packages_say():
     with open(REPOSITORY / "requirements" / "licences.csv", newline="", encoding="utf-8") as stream:
-        rows = [tuple(row.values()) for row in csv.DictReader(stream)]
-    here = [(name, version, licence) for name, version, licence in rows if installed(name) == version]
-    assert here == [licences.row(name, version) for name, version, _ in here]
+        rows = [(row["package"], row["version"], row["licence"]) for row in csv.DictReader(stream)]
+    here = [row for row in rows if installed(row[0]) == row[1]]
+    assert here == [(name, version, licences.licence(name, version, {})) for name, version, _ in here]
     with pytest.raises(ValueError, match=r"numpy is installed as [\d.]+, locked as 0: run `make bootstrap`"):
-        licences.row("numpy", "0")
+        licences.licence("numpy", "0", {})
+
+
+@pytest.mark.parametrize(
+    ("said", "licence"),
+    [
+        ({"license_expression": "MIT", "license": "BSD"}, "MIT"),
+        ({"license": "\n  Apache License\n Version 2.0, January 2004", "license_expression": None}, "Apache-2.0"),
+        ({"classifier": ["License :: OSI Approved :: MIT License", "Topic :: Software Development"]}, "MIT"),
+        ({"license": "NVIDIA SOFTWARE LICENSE\n\nThis license is", "classifier": []}, NVIDIA),
+    ],
+)
+def test_the_licence_of_what_is_not_installed_is_what_the_registry_says(said, licence):
+    assert licences.licence("not-here", "1", {"not-here": said}) == licence
+
+
+def test_a_package_that_states_no_licence_is_named():
+    said = {"license": "UNKNOWN", "classifier": ["License :: Other/Proprietary License"]}
+    with pytest.raises(ValueError, match="not-here 1 states no licence in a known way: look it up and add how to SAID"):
+        licences.licence("not-here", "1", {"not-here": said})
 
 
 def test_a_licence_with_parts_is_taken_apart():
