@@ -78,6 +78,9 @@ if [ ! -x "$venv/bin/python" ]; then
     "$python" -m venv "$venv" || fail "'$python -m venv' failed: install the venv module, e.g. 'sudo apt-get install python3-venv'"
 fi
 python=$venv/bin/python
+# A set-up that was killed early leaves an environment without pip.
+"$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip --upgrade >/dev/null ||
+    fail "$venv has no pip and can not be given one: delete it and run again"
 "$python" -m pip install -q --disable-pip-version-check "$(grep '^uv==' "$lock")"
 
 # uv reads none of pip's settings. `pip config get` of older pips does not see those of a second file: list does.
