@@ -122,6 +122,24 @@ def test_a_stress_test_of_few_problems_is_drawn_and_few_among_many_are_not(frame
         fewer = figures.FIGURES[name](frame.assign(n_problems=frame["n_problems"].where(~(own & one), 6)))
         rows = [label.get_text() for label in fewer.axes[0].get_yticklabels()]
         assert "wrong options longer ×4" not in rows and "right option longer ×4" in rows
+        (said,) = [legend.get_title().get_text() for legend in fewer.legends]
+        assert said.startswith("Not drawn, on fewer than 10 problems: wrong options longer ×4 (backbone, math branch, ")
+
+
+def test_of_several_lengths_every_scoring_shows_the_same_and_every_panel_has_one_scale(frames):
+    frame = frames["stress_drops"]
+    right, wrong = (frame["change"] == f"longer_{side}:neutral@4" for side in ("right", "wrong"))
+    mean = frame["scoring"] == "mean"
+    longer = [frame[right & mean].assign(change=f"longer_right:neutral@{ratio}") for ratio in (2, 8)]
+    # Of wrong options both scorings have 2, and 4 one alone.
+    shared = [frame[wrong].assign(change="longer_wrong:neutral@2"), frame[wrong & mean]]
+    wide = frame["model"] == "merge/arcee_fusion"
+    many = pd.concat([frame[~wrong].assign(high=frame["high"].where(~wide, 0.9)), *longer, *shared], ignore_index=True)
+    figure = figures.FIGURES["stress_drops"](many)
+    own = [axes for axes in figure.axes if not axes.get_title("left").startswith("reported")]
+    rows = [label.get_text() for label in own[0].get_yticklabels()]
+    assert rows[:2] == ["right option longer ×4", "wrong options longer ×2"] and len(rows) == 4
+    assert len(own) == 5 and len({axes.get_xlim() for axes in own}) == 1
 
 
 def test_frame_survives_its_csv(frames, tmp_path):

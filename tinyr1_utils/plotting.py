@@ -72,7 +72,9 @@ def _title(record: pd.Series, panel: str) -> str:
         own = record["origin"] == looks.THIS_RUN
         return f"{record['domain']} ({record['benchmark']})" if own else record["benchmark"]
     on = record.get("benchmark", "") if panel == "model" else ""
-    return ", ".join(part for part in (looks.look(record[panel]).label, on) if part)
+    # A reported model's name is long, and stands behind "reported: ".
+    separator = ", " if record["origin"] == looks.THIS_RUN else "\n"
+    return separator.join(part for part in (looks.look(record[panel]).label, on) if part)
 
 
 def panels(
@@ -89,7 +91,7 @@ def panels(
     """A grid of panels: `draw(axes, positions, part, reported)` for each value of column `panel`.
 
     Panels of one line share their rows (the values of column `row`); `positions` are the y values of `part`'s rows.
-    A row of this run is `row_in` inches high.
+    A row of this run is `row_in` inches high. With `share_x` all panels of this run have one scale.
     """
     blocks = _blocks(frame, panel, row)
     parts = [frame[(frame["origin"] == origin) & frame[panel].isin(panels)] for origin, panels in blocks]
@@ -100,6 +102,7 @@ def panels(
     figure, grid = plt.subplots(
         len(blocks), width, squeeze=False, figsize=(TEXT_WIDTH_IN, sum(heights)), height_ratios=heights
     )
+    own: list[Axes] = []
     for line, (origin, panels), part, names in zip(grid, blocks, parts, rows, strict=True):
         for axes, name in zip(line, panels, strict=False):
             shown = part[part[panel] == name]
@@ -110,12 +113,12 @@ def panels(
                 axes.set_ylabel(ylabel)
             else:
                 axes.tick_params(labelleft=False)
-        if share_x and origin == looks.THIS_RUN:
-            limits = [axes.get_xlim() for axes in line[: len(panels)]]
-            for axes in line[: len(panels)]:
-                axes.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+        own += line[: len(panels)].tolist() if origin == looks.THIS_RUN else []
         for axes in line[len(panels) :]:
             axes.remove()
+    limits = [axes.get_xlim() for axes in own]
+    for axes in own if share_x else ():
+        axes.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
     figure.align_ylabels(grid[:, 0])
     plt.close(figure)
     return figure

@@ -5,6 +5,8 @@ everywhere, a change of length one line.
 """
 
 import itertools
+import math
+import textwrap
 from collections.abc import Callable, Iterable
 
 import matplotlib.pyplot as plt
@@ -19,6 +21,8 @@ from tinyr1_utils.plotting import REPORTED_FACE, ROW_IN, TEXT_WIDTH_IN, note, pa
 from tinyr1_utils.stress_analysis import change_order
 
 FEWEST = 10  # problems
+RATIO = 4.0  # of a change at several lengths, drawn where every test has it
+LINE, BELOW_IN = 130, 0.16  # characters of a line below a figure, and what it adds to the height
 LINES = {"restatement": "--", "elaboration": ":", "paraphrase": "-."}
 DOSE_IN, TITLE_LETTERS = 1.5, 128  # of `dose_response`: the height of a row, and what a line of titles holds
 SPREAD = 0.6  # of a row's height, over which the scorings of one change are spread
@@ -35,7 +39,9 @@ def by_scoring(axes: Axes, positions: list[int], part: pd.DataFrame, value: str,
             bounds = [100 * row["low"], 100 * row["high"]]
             axes.plot(bounds, [shifted, shifted], color=look.colour, linewidth=0.9, solid_capstyle="butt")
         face = REPORTED_FACE if reported else look.colour
-        axes.plot(100 * row[value], shifted, look.marker, color=look.colour, markerfacecolor=face, markersize=3.2)
+        # Whole at the edge of a scale that ends at 0, too.
+        style = {"color": look.colour, "markerfacecolor": face, "markersize": 3.2, "clip_on": False, "zorder": 3}
+        axes.plot(100 * row[value], shifted, look.marker, **style)
 
 
 def _row(frame: pd.DataFrame) -> float:
@@ -43,35 +49,68 @@ def _row(frame: pd.DataFrame) -> float:
     return ROW_IN * max(1.0, 0.6 * frame.loc[frame["origin"] == looks.THIS_RUN, "scoring"].nunique())
 
 
-def legend_of_scorings(figure: Figure, scorings: Iterable[str]) -> None:
-    """The scorings of a figure below it, where there are two or more."""
+def legend_of_scorings(figure: Figure, scorings: Iterable[str], said: str = "") -> None:
+    """The scorings of a figure below it, where there are two or more, under what is said of the figure as a whole."""
     shown = sorted((name for name in dict.fromkeys(scorings) if name), key=looks.order)
-    if len(shown) > 1:
-        handles = [
-            Line2D([], [], color=looks.look(n).colour, marker=looks.look(n).marker, linewidth=0.9, markersize=3.2)
-            for n in shown
-        ]
-        labels = [looks.look(name).label for name in shown]
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(shown))
+    shown = shown if len(shown) > 1 else []
+    handles = [
+        Line2D([], [], color=looks.look(n).colour, marker=looks.look(n).marker, linewidth=0.9, markersize=3.2)
+        for n in shown
+    ]
+    labels = [looks.look(name).label for name in shown]
+    if shown or said:
+        below = {"loc": "outside lower center", "ncols": max(1, len(shown)), "title_fontsize": 6.5}
+        figure.legend(handles, labels, title=said or None, **below)
 
 
-def _shown(frame: pd.DataFrame) -> pd.DataFrame:
-    """What a figure of many changes shows, in the changes' order; reported rows stay.
+def _far(ratio: float) -> float:
+    return abs(math.log(ratio / RATIO)) if ratio else 0.0  # a change without one
 
-    Of a change at several length ratios the largest alone, of each test and scoring. Not what rests on fewer than
-    FEWEST problems, unless all do: its interval would set the scale for the others. The table has them all.
+
+def _one_ratio(own: pd.DataFrame) -> pd.DataFrame:
+    """Of a change at several length ratios one: the nearest to RATIO of those that every test of it has, if any."""
+    parts = [split_label(label) for label in own["change"]]
+    series, ratio = (pd.Series(values, own.index, object) for values in ([p[:2] for p in parts], [p[2] for p in parts]))
+    kept = []
+    for _, ratios in ratio.groupby(series):
+        tests = ratios.groupby([own.loc[ratios.index, name] for name in ("model", "benchmark", "scoring")])
+        shared = set.intersection(*tests.agg(set)) or set(ratios)
+        for _, test in tests:
+            nearest = min((value for value in test if value in shared), key=_far)
+            kept += list(test.index[test == nearest])
+    return own.loc[sorted(kept)]
+
+
+def _shown(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """What a figure of many changes shows, in the changes' order, and a sentence on what it leaves to the table.
+
+    Of a change of length one ratio: `_one_ratio`. Not what rests on fewer than FEWEST problems, unless all do: its
+    interval would set the scale for the others. Reported rows stay.
     """
     own = frame["origin"] == looks.THIS_RUN
-    parts = [split_label(label) if here else (label, "", 0.0) for label, here in zip(frame["change"], own, strict=True)]
-    series = pd.Series([part[:2] for part in parts], index=frame.index)
-    ratio = pd.Series([part[2] for part in parts], index=frame.index)
-    largest = ratio.groupby([frame["model"], frame["benchmark"].fillna(""), frame["scoring"], series]).transform("max")
-    kept = frame[own & (ratio == largest)]
-    fewest = min(FEWEST, kept["n_problems"].max())  # a trial on few problems shows what it has
-    kept = kept[kept["n_problems"] >= fewest]
+    kept = _one_ratio(frame[own])
+    few = kept["n_problems"] < min(FEWEST, kept["n_problems"].max())  # a trial on few problems shows what it has
+    left_out = kept[few].groupby(["change", "benchmark"], sort=False)["model"].unique()
+    names = [
+        f"{looks.look(change).label} ({', '.join(looks.look(model).label for model in models)} on {benchmark})"
+        for (change, benchmark), models in left_out.items()
+    ]
+    kept = kept[~few]
     rank = {label: place for place, label in enumerate(sorted(set(kept["change"]), key=change_order))}
     in_order = kept.sort_values("change", key=lambda labels: labels.map(rank), kind="stable")
-    return pd.concat([in_order, frame[~own]])
+    said = f"Not drawn, on fewer than {FEWEST} problems: {', '.join(names)}" if names else ""
+    return pd.concat([in_order, frame[~own]]), textwrap.fill(said, LINE, break_on_hyphens=False)
+
+
+def _by_model(shown: pd.DataFrame, said: str, xlabel: str, ylabel: str, draw: Callable) -> Figure:
+    """A panel per test of a model, a row per change set off by a line; below them the scorings and what is said."""
+    figure = panels(_by_test(shown), "model", "change", xlabel, ylabel, draw, share_x=True, row_in=_row(shown))
+    for axes in figure.axes:
+        between = [y + 0.5 for y in axes.get_yticks()[:-1]]
+        axes.hlines(between, 0, 1, "#D9D9D9", linewidth=0.4, zorder=0, transform=axes.get_yaxis_transform())
+    figure.set_figheight(figure.get_figheight() + BELOW_IN * (len(said.splitlines()) + 1))
+    legend_of_scorings(figure, shown["scoring"], said)
+    return figure
 
 
 @styled
@@ -80,16 +119,14 @@ def stress_drops(frame: pd.DataFrame) -> Figure:
     if frame.empty:
         return note("stress test: none is finished")
     known = frame if "scoring" in frame else frame.assign(scoring="generated")  # runs published before there were more
-    shown = _shown(known.assign(scoring=known["scoring"].fillna("")))
+    shown, said = _shown(known.assign(scoring=known["scoring"].fillna("")))
 
     def draw(axes, positions, part, reported):
         axes.axvline(0, color="#333333", linewidth=0.7, linestyle="--", zorder=0)
         by_scoring(axes, positions, part, "difference", reported)
 
     xlabel = "changed − unchanged (points)"
-    figure = panels(_by_test(shown), "model", "change", xlabel, "change", draw, share_x=True, row_in=_row(shown))
-    legend_of_scorings(figure, shown["scoring"])
-    return figure
+    return _by_model(shown, said, xlabel, "change", draw)
 
 
 def _by_test(frame: pd.DataFrame) -> pd.DataFrame:
@@ -114,11 +151,9 @@ def longest_options(frame: pd.DataFrame) -> Figure:
         by_scoring(axes, positions, part, "longest_rate", reported)
         axes.set_xlim(0, 100)
 
-    shown = _shown(frame)
+    shown, said = _shown(frame)
     xlabel = "longest option chosen (%)"
-    figure = panels(_by_test(shown), "model", "change", xlabel, "options", draw, share_x=True, row_in=_row(shown))
-    legend_of_scorings(figure, shown["scoring"])
-    return figure
+    return _by_model(shown, said, xlabel, "options", draw)
 
 
 @styled
