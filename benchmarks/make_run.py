@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/make_run.py --config configs/micro.yaml
     .venv/bin/python benchmarks/make_run.py --figures
 
-Writes one row per config to benchmarks/make_run.csv, in place of that config's old row; with --figures, of
-`make figures` instead, to benchmarks/make_figures.csv. Nothing else should run on the machine meanwhile: two jobs on
-one core take several times as long. The clone is kept; its path is printed.
+Writes one row per config to benchmarks/make_run.csv, in place of that config's old row; with --figures, of `make
+figures` instead, to benchmarks/make_figures.csv. Nothing else should run on the machine meanwhile: two jobs on one core
+take several times as long. The clone is kept; its path is printed.
 """
 
 import argparse

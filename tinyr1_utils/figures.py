@@ -7,6 +7,8 @@ figures of merging are in `merge_figures`, those of the stress test in `stress_f
 """
 
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,12 +17,14 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from tinyr1_utils import looks, merge_figures, overview_figures, stress_figures
+from tinyr1_utils.launch import die_with_parent
 from tinyr1_utils.plotting import REPORTED_FACE, TEXT_WIDTH_IN, differences, dots, marker_size, note, panels, styled
 from tinyr1_utils.records import atomic_path
 
 NARROWEST_SCALE = 5.0  # percent; an accuracy panel shows at least this much
 DASHES = ["-", (0, (4, 1.5)), (0, (1, 1)), (0, (3, 1, 1, 1))]
 AGAIN, BENEATH = (0, (2, 2)), {"linewidth": 3.0, "alpha": 0.4, "zorder": 2}  # a branch's other forms over its first
+PROCESSES = 2  # that draw the published figures
 FARTHEST = 2.5  # times as far as the median model of a panel reaches; what reaches further is named at the edge
 
 
@@ -173,6 +177,11 @@ def redraw_published(published: Path, figures_folder: Path) -> None:
     Reads published/<run>/analysis/<figure>.csv (the CSV that `drawn` wrote beside each figure in the run's analysis
     stage), writes figures_folder/<run>/<figure>.{pdf,png,csv}. A CSV that is no figure's is left alone.
     """
-    for file in sorted(published.glob("*/analysis/*.csv")):
-        if file.stem in FIGURES:
-            drawn(file.stem, read_frame(file), figures_folder / file.parent.parent.name)
+    files = [file for file in sorted(published.glob("*/analysis/*.csv")) if file.stem in FIGURES]
+    folders = [figures_folder / file.parent.parent.name for file in files]
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn"), initializer=die_with_parent) as pool:
+        list(pool.map(_redraw, files, folders))
+
+
+def _redraw(file: Path, folder: Path) -> None:
+    drawn(file.stem, read_frame(file), folder)
