@@ -19,7 +19,8 @@ REASON = absent(
     "mount -t tmpfs tmpfs /run",
 )
 SETTINGS_FOLDER = Path("/etc/slurm")
-# No accounting, and nothing that needs a cgroup: it starts in seconds, in a container too.
+# No accounting, and nothing that needs a cgroup: it starts in seconds, in a container too. A requeued job waits for
+# cred_expire seconds, 120 otherwise.
 SETTINGS = """
 ClusterName=test
 SlurmctldHost={controller}
@@ -27,7 +28,7 @@ SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock
+AuthInfo=socket={folder}/munge.sock,cred_expire=30
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -36,6 +37,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+GresTypes=gpu
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
@@ -63,18 +65,22 @@ def this_machine() -> Iterator[dict[str, list[str]]]:
 def slurm(folder: Path, hosts: Mapping[str, Sequence[str]]) -> Iterator[None]:
     """A Slurm whose nodes are `hosts`, names to the command that runs another there, to which its clients belong too.
 
-    The controller runs on the first host. Each node has 2 CPUs and the memory of this machine, less a GiB. Settings lie
-    where programs look for them, as seen on the hosts alone: Snakemake's jobs keep no SLURM_CONF.
+    The controller runs on the first host. Each node has 2 CPUs, 8 GPUs that are empty files, and the memory of this
+    machine, less a GiB. Settings lie where programs look for them, as seen on the hosts alone: Snakemake's jobs keep no
+    SLURM_CONF.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 - 1024
     first, *others = hosts
     address = "" if others else "127.0.0.1"  # several hosts know each other by name
-    told = [f"NodeName={h}{address and f' NodeAddr={address}'} CPUs=2 RealMemory={memory}" for h in hosts]
+    told = [f"NodeName={h}{address and f' NodeAddr={address}'} CPUs=2 Gres=gpu:8 RealMemory={memory}" for h in hosts]
     (folder / "state").mkdir(parents=True)
     SETTINGS_FOLDER.mkdir(exist_ok=True)
     for there in hosts.values():
         subprocess.run([*there, "mount", "--bind", folder, SETTINGS_FOLDER], check=True)
     key, settings = folder / "munge.key", folder / "slurm.conf"
+    for number in range(8):
+        (folder / f"gpu{number}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     settings.write_text(SETTINGS.format(

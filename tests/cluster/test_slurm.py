@@ -1,5 +1,9 @@
 """The pipeline and its training as jobs of a real Slurm, through losses of a job and of the node."""
 
+import hashlib
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +21,8 @@ import yaml
 from conftest import REPOSITORY, UNSAFE, manifests, write_config
 from waiting import until
 
-from tinyr1_utils import launch
+from tinyr1_utils import cluster, launch
+from tinyr1_utils.config import load_config
 
 REASON, NO_HOSTS = slurm_daemons.REASON, two_hosts.REASON
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.skipif(bool(REASON), reason=REASON)]
@@ -36,13 +41,17 @@ SECTIONS = {
     "merge": {"shared": {"merge_order": "math,science"}, "variants": {"linear": {"recipe": "linear"}}},
     "evaluation": {
         "shared": {"limit": 6, "n_samples": 2, "chunk_size": 6, "max_new_tokens": 48, "benchmarks": "micro-math"},
+        "variants": {"linear": {"model": "merge/linear", "resources": {"gpus": 1, "minutes": 7}}},
+    },
+    "stress": {
+        "shared": {"limit": 4, "chunk_size": 8, "max_new_tokens": 48, "changes": "nouns", "scorings": "generated"},
         "variants": {"linear": {"model": "merge/linear"}},
     },
-    "stress": NONE,
 }
 
 
 PROFILE = ("--profile", "configs/slurm")
+SHOW = ("scontrol", "show", "job", "--oneliner")
 
 
 def only_math(section: str, **shared) -> dict:
@@ -102,7 +111,8 @@ def running(there: Sequence[str], comment: str) -> list[str]:
 
 
 def test_the_pipeline_leaves_the_local_manifests_though_jobs_and_nodes_are_lost(node, project):
-    """A training is cancelled half-way, Ctrl-C, the runner is killed and called again, the node goes and comes back."""
+    """A training is cancelled half-way, Ctrl-C, the runner is killed and called again, its training put back into the
+    queue by Slurm, the node goes and comes back."""
     name, there = node
     local, remote = (write_config(project, name, **SECTIONS) for name in ("local", "remote"))
     finish(*start([], project, local))
@@ -119,12 +129,14 @@ def test_the_pipeline_leaves_the_local_manifests_though_jobs_and_nodes_are_lost(
     assert not told(there, "squeue", "--noheader", "--states=RUNNING,PENDING")
 
     first, log = start(there, project, remote, *PROFILE)
-    until(lambda: running(there, training))
+    (requeued,) = until(lambda: running(there, training))
     first.kill()
     first.wait()
 
     second, log = start(there, project, remote, *PROFILE)
     until(lambda: "waiting for this run's jobs of an earlier call" in log.read_text())
+    told(there, "scontrol", "requeue", requeued)
+    until(lambda: "JobState=RUNNING" in (job := told(there, *SHOW, requeued)) and "Restarts=1 " in job)
     assert not (run / "evaluation/linear/manifest.json").is_file()
     until(lambda: running(there, "rule_merge_wildcards_linear"))
     told(there, "scontrol", "update", f"nodename={name}", "state=down", "reason=test")
@@ -132,8 +144,46 @@ def test_the_pipeline_leaves_the_local_manifests_though_jobs_and_nodes_are_lost(
 
     finish(second, log)
     assert manifests(run) == manifests(project / "papermill_runs/local")
-    assert "cell 1 of" in (run / "sft/math/run.log").read_text()
+    said = (run / "sft/math/run.log").read_text()
+    assert "cell 1 of" in said
+    assert int(re.search(r"from step (\d+) to 16", said)[1]) >= 4, "the requeued training began anew"
+    jobs = told(there, "squeue", "--states=all", "--noheader", "--format=%k %l %b").splitlines()
+    assert "rule_evaluation_wildcards_linear 7:00 gres:gpu:1" in jobs
     assert (run / "sft/math/executed.ipynb").is_file()
+
+
+def test_the_page_is_followed_word_for_word(node, project, monkeypatch):
+    """The lines of docs/cluster.md on a repository whose micro run is smaller; the last finds nothing left to do."""
+    ten_lines = re.search(r"```bash\n(.*?)```", (REPOSITORY / "docs/cluster.md").read_text(), re.DOTALL)[1]
+    evaluation = SECTIONS["evaluation"] | {"variants": {"backbone": {"model": "backbone"}}}
+    sections = {"curation": only_math("curation"), "sft": only_math("sft", max_steps=4), "evaluation": evaluation}
+    write_config(project, "micro", **sections, merge=NONE, stress=NONE)
+    shutil.copyfile(REPOSITORY / "Makefile", project / "Makefile")
+    for name in ("scripts", "requirements", "tinyr1_utils"):
+        shutil.copytree(REPOSITORY / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    locks = [project / f"requirements/{name}.lock" for name in ("cpu", "gpu")]
+    stamps = [Path(sys.prefix, f".lock-{hashlib.sha256(lock.read_bytes()).hexdigest()}") for lock in locks]
+    assert any(stamp.exists() for stamp in stamps), "`make bootstrap` first: it would fill this environment anew"
+    git = ["git", "-C", str(project), "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init", "-q"], ["add", "--all"], ["commit", "-qm", "A smaller micro run"]):
+        subprocess.run([*git, *command], check=True)
+
+    (project / "login").mkdir()
+    environment = os.environ | {"REPOSITORY": f"file://{project}", "EDITOR": "true", "VENV": sys.prefix}
+    environment.pop("MAKEFLAGS", None)  # of a make that runs this test
+    followed = subprocess.run(
+        [*node[1], "bash", "-euo", "pipefail", "-c", ten_lines], cwd=project / "login", env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert followed.returncode == 0, followed.stdout[-6000:]
+    assert followed.stdout.count("run micro is done") == 2 and "4 done" in followed.stdout
+    monkeypatch.chdir(project / "login/tinyr1")
+    prefix = cluster.job_prefix(load_config("configs/micro.yaml"))
+    jobs = told(node[1], "squeue", "--states=all", "--noheader", "--format=%j %k").splitlines()
+    assert sorted(job.split()[1] for job in jobs if job.startswith(prefix)) == [
+        "rule_analysis_wildcards_report", "rule_curation_wildcards_math", "rule_evaluation_wildcards_backbone",
+        "rule_sft_wildcards_math",
+    ]  # fmt: skip
 
 
 def test_what_a_notebook_fails_at_is_not_tried_again(node, project):
