@@ -209,6 +209,26 @@ def test_whole_pipeline_and_a_second_run_that_does_nothing(project):
     assert not any(str(project) in text.decode() for text in before.values()), "an absolute path in a manifest"
 
 
+def test_ctrl_c_under_a_profile_ends_every_stage(project):
+    """A profile of another executor than Slurm's, here Snakemake's own, and a Slurm that has no job of this run."""
+    (project / "mine").mkdir()
+    (project / "mine/config.yaml").write_text("cores: 1\n")
+    (project / "mine/squeue").write_text("#!/bin/sh\n")
+    (project / "mine/squeue").chmod(0o755)
+    command = [sys.executable, "-m", "tinyr1_utils.stage_runner", "all", "--config", "configs/micro.yaml"]
+    process = subprocess.Popen(
+        [*command, "--profile", "mine"],
+        cwd=project, env=os.environ | {"PATH": f"{project}/mine:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert any("cell 3 of" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert "Terminating processes on user request" in said, "Snakemake was not left to cancel its jobs"
+    assert process.returncode == 130 and "stopped; what is done is kept" in said, said
+    assert not orphans(project) and not manifests(RUNS / "micro")
+
+
 def test_killed_sft_ends_as_an_undisturbed_one(project):
     alone = {"shared": SFT["shared"] | {"watched_domains": ""}}
     config = write_config(project, "calm", curation=CURATION, sft=alone)

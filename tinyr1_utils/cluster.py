@@ -100,7 +100,7 @@ def wait_for_jobs(prefix: str) -> None:
 
 
 def cancel_jobs(prefix: str) -> None:
-    """Cancel every job of the run. Snakemake, told to end, waits for its jobs instead."""
+    """Cancel every job of the run that Snakemake's executor has left."""
     if left := jobs(prefix):
         subprocess.run(["scancel", *left])
         print(f"cancelled {', '.join(left)}", flush=True)

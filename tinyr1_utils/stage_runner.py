@@ -38,6 +38,7 @@ from tinyr1_utils.masking import masked
 from tinyr1_utils.preflight import check_engines, check_names
 
 RUNNER_PID = "TINYR1_RUNNER_PID"
+CANCEL_S = 60.0  # for Snakemake's executor to cancel its jobs
 
 
 class PrefixedLines(io.TextIOBase):
@@ -244,6 +245,24 @@ def make_ready(arguments: argparse.Namespace, config: RunConfig, run_dir: Path) 
             (folder / EXECUTED).unlink(missing_ok=True)
 
 
+def end_snakemake(process: subprocess.Popen, arguments: argparse.Namespace, config: RunConfig) -> None:
+    """End Snakemake and its stages. Local ones end with its group or this process."""
+    if not arguments.profile:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        return
+    try:
+        # By SIGINT it has its executor cancel the jobs, whatever scheduler that is for; by SIGTERM it waits for them.
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(CANCEL_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        cluster.cancel_jobs(cluster.job_prefix(config))
+
+
 def run_snakemake(arguments: argparse.Namespace, config: RunConfig) -> int:
     """Snakemake's exit code. What ends this call early (Ctrl-C, SIGTERM) ends every stage, jobs on a cluster too."""
     environment = dict(os.environ)
@@ -256,11 +275,7 @@ def run_snakemake(arguments: argparse.Namespace, config: RunConfig) -> int:
     try:
         return process.wait()
     except BaseException:
-        # Told to end, Snakemake would wait for jobs on a cluster. Local stages end with its group or this process.
-        os.killpg(process.pid, signal.SIGKILL if arguments.profile else signal.SIGTERM)
-        process.wait()
-        if arguments.profile:
-            cluster.cancel_jobs(cluster.job_prefix(config))
+        end_snakemake(process, arguments, config)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
