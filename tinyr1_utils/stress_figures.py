@@ -170,7 +170,7 @@ def dose_response(frame: pd.DataFrame) -> Figure:
     figure, grid = plt.subplots(len(tests), len(scorings), squeeze=False, figsize=size, sharey=True)
     ratios, drawn = sorted(set(frame["ratio"])), {}
     for (row, test), (column, scoring) in itertools.product(enumerate(tests), enumerate(scorings)):
-        axes, asked = grid[row][column], frame[["model", "benchmark", "scoring"]].eq((*test, scoring)).all(axis=1)
+        axes, asked = grid[row][column], frame[["model", "benchmark", "scoring"]].eq([*test, scoring]).all(axis=1)
         if not asked.any():
             axes.remove()
             continue
