@@ -1,6 +1,7 @@
 """Fixtures shared by the tests that run real stages: a project of their own in a temporary folder."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# A shell's background jobs ignore SIGINT, and so would whatever the tests start there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A file's name, and a path, that a shell or make would take apart or run.
 UNSAFE = ('it\'s "a"; touch owned; `touch owned` $(touch owned).yaml', "$(shell touch owned) a'b$HOME\\ *\tc")
 
