@@ -19,7 +19,7 @@ def absent(what: str, programs: str, packages: str, probe: str) -> str:
     return f"{what} needs namespaces: {tried.stderr.strip()}" if tried.returncode else ""
 
 
-def until(holds, within_s: float = 240.0):
+def until(holds, within_s: float = 600.0):
     """What `holds` returns once it is true; fails when it never is."""
     deadline = time.monotonic() + within_s
     while not (answer := holds()):
