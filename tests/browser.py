@@ -56,7 +56,7 @@ def _chromium(folder: Path, page: str, *options: str) -> subprocess.CompletedPro
         command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         command += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={profile}"]
         command += ["--enable-logging=stderr", f"--proxy-server={host}", *options, f"http://{host}/{page}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         server.shutdown()
     return done
 

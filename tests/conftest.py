@@ -65,6 +65,6 @@ def run_stage(root: Path, config: Path, stage: str, variant: str) -> subprocess.
 
 def finish(process: subprocess.Popen) -> str:
     """Wait for a stage; its output, which a failure shows."""
-    output, _ = process.communicate(timeout=540)
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, output
     return output

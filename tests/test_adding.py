@@ -45,7 +45,7 @@ class Copy:
         paths = os.pathsep.join([str(self.root), str(self.root / "tests")])
         environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *arguments]
-        return subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=540)
+        return subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=1200)
 
     def say(self, code: str) -> str:
         """What a program prints that runs in the copy; a failure shows its output."""

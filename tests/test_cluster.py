@@ -154,7 +154,7 @@ def test_the_profile_is_one_that_snakemake_reads(project, monkeypatch, squeue):
     squeue("", code=1)  # a dry run asks Slurm for nothing
     command = [sys.executable, "-m", "tinyr1_utils.stage_runner", "all", "--config", "configs/micro.yaml"]
     options = ["--profile", "configs/slurm", "--dry-run"]
-    done = subprocess.run([*command, *options], cwd=project, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, *options], cwd=project, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^sft +4$", done.stdout, re.MULTILINE)
 

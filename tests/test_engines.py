@@ -54,7 +54,7 @@ def start(folder: Path, stay_s: float = 0, **changes) -> subprocess.Popen:
 def drawn(folder: Path, **changes) -> list[Completion]:
     """The completions of a process that ran to its end."""
     process = start(folder, **changes)
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, output[-3000:]
     return require_records(folder / "completions.jsonl", Completion)
 
@@ -154,7 +154,7 @@ def session_of(parent: int) -> set[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_two_engines_side_by_side_complete_alike_and_end_with_their_process(greedy, tmp_path):
     process = start(tmp_path, stay_s=600, data_parallel=2, distributed_backend="mp", **GREEDY)
     path = tmp_path / "completions.jsonl"
@@ -173,14 +173,14 @@ def test_two_engines_side_by_side_complete_alike_and_end_with_their_process(gree
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_killed_engine_of_a_server_is_one_sentence_and_what_is_finished_is_kept(tmp_path):
     process = start(tmp_path, data_parallel=2, limit=60, n_samples=40, chunk_size=2400)
     path = tmp_path / "completions.jsonl"
     wait_for_rows(process, path, 20)
     names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in session_of(process.pid)}
     os.kill(next(pid for pid, name in names.items() if name.startswith("VLLM::EngineCore")), signal.SIGKILL)
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=1200)
     said = output.strip().splitlines()[-1]
     assert process.returncode == 1
     assert said.startswith("ConnectionError: the vLLM server of models/micro-backbone ended, or an engine of it; ")
@@ -192,7 +192,7 @@ def test_a_killed_engine_of_a_server_is_one_sentence_and_what_is_finished_is_kep
 @pytest.mark.slow
 def test_a_server_that_does_not_start_says_why(tmp_path):
     process = start(tmp_path, data_parallel=2, max_seq_tokens=4096, **GREEDY)
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == 1 and "RuntimeError: the vLLM server did not start; its last lines:" in output
     assert "max_model_len" in output
     assert not session_of(process.pid)

@@ -228,7 +228,7 @@ def test_no_worker_outlives_its_caller(ending):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert (done.returncode == 0) == (ending != "kill"), done.stderr
     children = [int(pid) for pid in done.stdout.split()]

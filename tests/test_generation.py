@@ -159,7 +159,7 @@ drawn(Path({str(path)!r}), Plain())
 """
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600
     )
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"OSError: {path} can not be written (File too large)") and "are kept" in last

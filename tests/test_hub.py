@@ -40,7 +40,7 @@ def read_from(hub: Hub, folder) -> subprocess.CompletedProcess:
     (folder / "pyproject.toml").touch()
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", PROGRAM], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
     )
 
 

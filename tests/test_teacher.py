@@ -263,7 +263,7 @@ def start(path: Path, **changes) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, output[-3000:]
     return output
 

@@ -25,7 +25,7 @@ from tinyr1_utils import cluster, launch
 from tinyr1_utils.config import load_config
 
 REASON, NO_HOSTS = slurm_daemons.REASON, two_hosts.REASON
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.skipif(bool(REASON), reason=REASON)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 # Micro with two branches, small; the training long enough to be hit.
 NONE = {"variants": {}}
@@ -247,7 +247,7 @@ def test_a_job_of_slurm_trains_as_one_process_does(node, tmp_path):
     job.write_text(JOB.format(root=REPOSITORY, python=sys.executable, folder=tmp_path))
     log = tmp_path / "job.log"
     submitted = [*node[1], "sbatch", "--wait", "--nodes=1", "--cpus-per-task=2", f"--output={log}", str(job)]
-    done = subprocess.run(submitted, capture_output=True, text=True, timeout=540)
+    done = subprocess.run(submitted, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, log.read_text()[-3000:] if log.is_file() else done.stderr
     assert test_sft.curve(tmp_path / "srun") == pytest.approx(test_sft.curve(tmp_path / "alone"), abs=1e-5)
     assert test_sft.largest_difference(tmp_path / "srun", tmp_path / "alone") < 1e-4

@@ -140,7 +140,7 @@ def test_every_host_gets_the_environment(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_TOKEN", "secret")
     process = notebook(0)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     given = {path.name: json.loads(path.read_text()) for path in (tmp_path / "seen").iterdir()}
     assert sorted((name, seen["RANK"]) for name, seen in given.items()) == [("node1", "0"), ("node2", "1")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import trials
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 HARDEST = ["kill -9 of the kernel", "damaged artifact"]
 
 
@@ -15,6 +15,6 @@ def test_nothing_is_lost(tmp_path):
     results = tmp_path / "trials.csv"
     options = ["--trials", "1", "--faults", ",".join(HARDEST), "--stages", "evaluation/exact"]
     command = [sys.executable, str(Path(trials.__file__)), "--folder", str(tmp_path / "small"), *options]
-    done = subprocess.run([*command, "--results", str(results)], capture_output=True, text=True, timeout=1000)
+    done = subprocess.run([*command, "--results", str(results)], capture_output=True, text=True, timeout=2000)
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(trials.trials_in(results)["fault"]) == HARDEST
