@@ -119,7 +119,7 @@ def test_the_pipeline_leaves_the_local_manifests_though_jobs_and_nodes_are_lost(
     run, training = project / "papermill_runs/remote", "rule_sft_wildcards_math"
 
     first, log = start(there, project, remote, *PROFILE)
-    until(lambda: list((run / "sft/math/checkpoints").glob("checkpoint-*")))
+    until(lambda: list(run.glob("sft/math/checkpoints/checkpoint-*/complete.json")))
     (cancelled,) = running(there, training)
     told(there, "scancel", cancelled)
     (again,) = until(lambda: running(there, training))
