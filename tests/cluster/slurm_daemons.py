@@ -41,6 +41,7 @@ GresTypes=gpu
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
+MessageTimeout=60
 KillWait=5
 MinJobAge=3600
 {nodes}
