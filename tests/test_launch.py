@@ -201,7 +201,7 @@ def test_a_killed_calls_temporary_files_go_with_the_next(tmp_path, monkeypatch):
     with launch.temporary_folder(tmp_path / "ours") as folder:
         assert tempfile.gettempdir() == str(folder) and len(list(tmp_path.glob("tinyr1-*"))) == 2
         with launch.temporary_folder(tmp_path / "ours") as inner:
-            assert inner.parent == folder, "a run's stage"
+            assert inner == folder, "a run's stage"
     assert tempfile.gettempdir() == str(tmp_path)
     (left,) = tmp_path.glob("tinyr1-*/*")
     assert left.is_file(), "another's, which is not ours to judge"

@@ -63,10 +63,13 @@ def die_with_parent() -> None:
 def temporary_folder(place: Path) -> Iterator[Path]:
     """TMPDIR for this process and its children while they work for `place`: a folder that goes with what they leave.
 
-    A killed call leaves its own folder, which the next one for the same place on this machine takes away.
+    A killed call leaves its own folder, which the next one for the same place on this machine takes away. A stage of a
+    run uses the run's. Names are short, since sockets lie there, whose paths have 107 characters at most.
     """
     above, before = Path(tempfile.gettempdir()), os.environ.get("TMPDIR")
-    # Short, since sockets lie in it, whose paths have 107 characters at most.
+    if re.fullmatch(r"tinyr1-[0-9a-f]{8}-\d+", above.name):
+        yield above
+        return
     start = f"tinyr1-{hashlib.sha256(str(place.resolve()).encode()).hexdigest()[:8]}-"
     for left in above.glob(f"{start}*"):
         process = left.name.removeprefix(start)

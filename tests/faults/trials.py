@@ -141,7 +141,7 @@ def one_stage(name: str) -> list[str]:
 
 def temporary(project: Path) -> Path:
     """Where the calls in a project put temporary files."""
-    return project.with_name(f"{project.name}-temporary")
+    return project.with_name(f"{project.name}-tmp")
 
 
 def call(project: Path, words: list[str], limit_s: float = 600.0) -> subprocess.CompletedProcess[str]:
