@@ -289,7 +289,8 @@ def test_what_a_library_says_of_a_secret_is_masked_in_the_copy_the_page_and_what
     copy = execute(tmp_path / "run" / "sft" / "math", "import os", *shown, raising)
     assert found_in(copy.parent, [*secrets.values()])
     executed_pages.write_page(copy)
-    _publish_notebook(copy, tmp_path / "published.ipynb")
+    write_json(copy.parent / "provenance.json", {})
+    _publish_notebook(copy.parent, tmp_path / "published.ipynb")
     assert found_in(tmp_path, [*secrets.values()]) == []
     cells = nbformat.read(copy, as_version=4).cells
     assert [c.outputs[0].text.strip() for c in cells if c.source in shown] == [masking.MASK] * len(secrets)
