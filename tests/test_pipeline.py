@@ -187,7 +187,7 @@ def test_whole_pipeline_and_a_second_run_that_does_nothing(project):
     numbers = json.loads(before["stress/numbers/manifest.json"])["metrics"]["scorings"]["generated"]
     assert set(numbers["changes"]) == {"four_way", "true_false", "yes_no"}
     choices = json.loads(before["stress/backbone/manifest.json"])["metrics"]["scorings"]
-    assert set(choices) == {"generated", "mean"} and len(choices["mean"]["changes"]) == 6
+    assert set(choices) == {"generated", "letter", "sum", "mean"} and len(choices["mean"]["changes"]) == 6
     report = project / "papermill_runs/small/report.html"
     assert str(report.relative_to(project)) in first.stdout and report.is_file()
     executed = {path.parent.relative_to(report.parent) for path in report.parent.glob("*/*/executed.html")}

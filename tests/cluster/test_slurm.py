@@ -86,7 +86,11 @@ def start(there: Sequence[str], project: Path, config: Path, *options: str) -> t
 
 def finish(process: subprocess.Popen, log: Path, code: int = 0) -> str:
     """Wait for a run to end with this code; its log."""
-    assert process.wait(900) == code, log.read_text()[-6000:]
+    try:
+        assert process.wait(1500) == code
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        logs = [log, *log.parent.glob(f"papermill_runs/{log.stem}/*/*/run.log")]
+        raise AssertionError("\n".join(f"{one}\n{one.read_text()[-4000:]}" for one in logs)) from error
     return log.read_text()
 
 
