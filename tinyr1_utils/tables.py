@@ -362,9 +362,9 @@ def summary(gains: pd.DataFrame, merges: pd.DataFrame, average: pd.DataFrame) ->
         group = average[average["kind"] == kind]
         if len(group) and kind != "branch":
             best = group.loc[group["pass_at_1"].idxmax()]
-            which = f"best of {len(group)} {kind}s by mean" if len(group) > 1 else kind
+            chosen = f", the best of {len(group)} {kind}s by it" if len(group) > 1 else ""
             mean = _percent(best["pass_at_1"], best["stderr"])
-            said.append(f"Mean over the benchmarks, {which}: {looks.look(best['model']).label}, {mean} %.")
+            said.append(f"Mean over the benchmarks: {looks.look(best['model']).label} {mean} %{chosen}.")
     merged = merges[merges["kind"] == "merged model"]
     if len(merged):
         above, below = int((merged["low"] > 0).sum()), int((merged["high"] < 0).sum())
