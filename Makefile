@@ -54,7 +54,7 @@ faults: bootstrap ## TRIALS (20) of every fault at random moments, hours; needs 
 	$(VENV_PYTHON) tests/faults/trials.py --folder "$${FOLDER:-/tmp/faults}" --trials "$${TRIALS:-20}" --faults "$$FAULTS"
 
 lab: bootstrap ## JupyterLab on notebooks/, its kernel this environment; LAB_ARGS=--no-browser
-	$(VENV)/bin/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+	PYTHONWARNINGS="ignore:IProgress not found" $(VENV)/bin/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 lint: bootstrap ## rules and formatting of code and notebooks
 	$(VENV)/bin/ruff check .
