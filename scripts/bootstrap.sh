@@ -115,7 +115,8 @@ else
     # No local wheels here: one of CPU torch would win over the registry's CUDA build.
     "${install[@]}" -r "$lock"
 fi
-"${install[@]}" --no-build-isolation -e .
+# Compiled at once: an image that sets PYTHONDONTWRITEBYTECODE, as many do, would else compile all at every start.
+"${install[@]}" --compile-bytecode --no-build-isolation -e .
 check_sandbox
 rm -f "$venv"/.lock-*
 touch "$(stamp "$accelerator")"

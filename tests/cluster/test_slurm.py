@@ -20,10 +20,12 @@ import test_sft
 import two_hosts
 import yaml
 from conftest import REPOSITORY, UNSAFE, manifests, write_config
+from test_security import SECRETS, found_in
 from waiting import until
 
 from tinyr1_utils import cluster, launch
 from tinyr1_utils.config import load_config
+from tinyr1_utils.masking import MASK
 
 REASON, NO_HOSTS = slurm_daemons.REASON, two_hosts.REASON
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), pytest.mark.skipif(bool(REASON), reason=REASON)]
@@ -115,10 +117,22 @@ def running(there: Sequence[str], comment: str) -> list[str]:
     return [line.split()[0] for line in lines if line.split()[1] == comment]
 
 
-def test_the_pipeline_leaves_the_local_manifests_though_jobs_and_nodes_are_lost(node, project):
+def insert_code(notebook: Path, source: str) -> None:
+    """One more code cell, behind the parameters and the imports of a notebook."""
+    found = nbformat.read(notebook, as_version=4)
+    found.cells.insert(3, nbformat.v4.new_code_cell(source))
+    nbformat.write(found, notebook)
+
+
+def test_the_pipeline_leaves_the_local_manifests_though_jobs_and_nodes_are_lost(node, project, monkeypatch):
     """A training is cancelled half-way, Ctrl-C, the runner is killed and called again, its training put back into the
-    queue by Slurm, the node goes and comes back."""
+    queue by Slurm, the node goes and comes back. Its first notebooks print what no file may hold."""
     name, there = node
+    for variable, value in SECRETS.items():
+        monkeypatch.setenv(variable, value)
+    for notebook in ("01_data_curation", "02_branch_sft"):
+        path, telling = project / f"notebooks/{notebook}.ipynb", [f"os.environ[{name!r}]" for name in SECRETS]
+        insert_code(path, f"import os\nprint('told', {', '.join(telling)})\n{telling[-1]}")
     local, remote = (write_config(project, name, **SECTIONS) for name in ("local", "remote"))
     finish(*start([], project, local))
     run, training = project / "papermill_runs/remote", "rule_sft_wildcards_math"
@@ -155,6 +169,9 @@ def test_the_pipeline_leaves_the_local_manifests_though_jobs_and_nodes_are_lost(
     jobs = told(there, "squeue", "--states=all", "--noheader", "--format=%k %l %b").splitlines()
     assert "rule_evaluation_wildcards_linear 7:00 gres:gpu:1" in jobs
     assert (run / "sft/math/executed.ipynb").is_file()
+    for path in project.glob("papermill_runs/*/*/math/run.log"):
+        assert f"told {' '.join([MASK] * len(SECRETS))}" in path.read_text(), path
+    assert found_in(project, [*SECRETS.values()]) == []
 
 
 def test_the_page_is_followed_word_for_word(node, project, monkeypatch):
@@ -193,10 +210,7 @@ def test_the_page_is_followed_word_for_word(node, project, monkeypatch):
 
 def test_what_a_notebook_fails_at_is_not_tried_again(node, project):
     """An error in the notebook: one sentence, and the second attempt ends at once. Paths reach it as they are."""
-    path = project / "notebooks/01_data_curation.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells.insert(3, nbformat.v4.new_code_cell("raise ValueError(f'no such row in {data_root}')"))
-    nbformat.write(notebook, path)
+    insert_code(project / "notebooks/01_data_curation.ipynb", "raise ValueError(f'no such row in {data_root}')")
     sections = {"curation": only_math("curation"), "sft": NONE, "merge": NONE, "evaluation": NONE, "stress": NONE}
     config = write_config(project, "fails", **sections).rename(project / "configs" / UNSAFE[0])
     started = start(node[1], project, config, *PROFILE, "--data-root", UNSAFE[1])

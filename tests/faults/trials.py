@@ -46,7 +46,7 @@ ENDPOINT, SERVED, TAUGHT, HUB = "evaluation/endpoint", "evaluation/served", "cur
 SMALL = {"limit": 16, "n_samples": 2, "chunk_size": 4, "max_new_tokens": 64}
 SECTIONS = {
     "curation": {
-        "shared": {"limit": 300},
+        "shared": {"limit": 160},
         "variants": {d: {"domain": d, "sources": f"micro-{d}-train"} for d in ("math", "science")},
     },
     "sft": {
@@ -59,7 +59,10 @@ SECTIONS = {
         "shared": SMALL | {"benchmarks": "micro-code"},
         "variants": {"exact": {"model": "merge/exact"}},
     },
-    "stress": {"shared": SMALL | {"changes": "true_false"}, "variants": {"exact": {"model": "merge/exact"}}},
+    "stress": {
+        "shared": SMALL | {"changes": "true_false", "limit": 6},
+        "variants": {"exact": {"model": "merge/exact"}},
+    },
 }
 
 
@@ -250,15 +253,21 @@ def said(scene: Scene) -> str:
     return (scene.project / "hurt.log").read_text(errors="replace")
 
 
+def wait_until(moment: float, process: subprocess.Popen) -> None:
+    """Wait for a moment of the monotonic clock, or for the process' end before it."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(0.0, moment - time.monotonic()))
+
+
 def hit(victim: Callable[[psutil.Process], bool], number: signal.Signals) -> Callable[[Scene], Hurt]:
     """A signal to one of the call's processes, at a moment within the time that the call usually takes."""
 
     def hurt(scene: Scene) -> Hurt:
         process, begun, moment = start(scene), time.monotonic(), scene.pick.random() * scene.seconds
+        wait_until(begun + moment, process)
         while process.poll() is None:
             first = psutil.Process(process.pid)
-            victims = [one for one in (first, *first.children(recursive=True)) if victim(one)]
-            if victims and time.monotonic() - begun >= moment:
+            if victims := [one for one in (first, *first.children(recursive=True)) if victim(one)]:
                 moment = time.monotonic() - begun
                 with contextlib.suppress(psutil.NoSuchProcess):
                     scene.pick.choice(victims).send_signal(number)
@@ -317,8 +326,8 @@ def read_only(scene: Scene) -> Hurt:
     """From a random moment on, or from before the start, the run folder can be read only."""
     run, moment = scene.project / RUN, max(0.0, (scene.pick.random() - 0.2) * scene.seconds)
     process, begun = start(scene) if moment else None, time.monotonic()
-    while process and process.poll() is None and time.monotonic() - begun < moment:
-        time.sleep(0.02)
+    if process:
+        wait_until(begun + moment, process)
     with mounted(["--bind", run, run]):
         subprocess.run(["mount", "-o", "remount,bind,ro", run], check=True)
         code = (process or start(scene)).wait(600)
@@ -382,11 +391,9 @@ def clock(scene: Scene) -> Hurt:
     faked = {"LD_PRELOAD": FAKETIME, "FAKETIME_TIMESTAMP_FILE": str(told), "FAKETIME_NO_CACHE": "1"}
     process, begun = start(scene, **faked, DONT_FAKE_MONOTONIC="1"), time.monotonic()
     jump, death = sorted(scene.pick.random() * scene.seconds for _ in range(2))
-    while process.poll() is None and time.monotonic() - begun < jump:
-        time.sleep(0.02)
+    wait_until(begun + jump, process)
     told.write_text(f"{scene.pick.randint(-2 * 86400, 2 * 86400):+d}")
-    while process.poll() is None and time.monotonic() - begun < death:
-        time.sleep(0.02)
+    wait_until(begun + death, process)
     if process.poll() is not None:
         assert process.returncode == 0, f"it failed unhurt: {said(scene)[-500:]}"
         return None
