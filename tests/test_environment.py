@@ -210,7 +210,7 @@ def test_bootstrap_takes_a_local_torch_first_then_the_cpu_backend(filled):
 def test_bootstrap_takes_the_gpu_lock_where_nvidia_smi_works(filled):
     filled.program("path/nvidia-smi")
     assert filled.bootstrap().returncode == 0
-    assert "--no-deps -r requirements/gpu.lock" in filled.calls()
+    assert "--no-deps --compile-bytecode -r requirements/gpu.lock" in filled.calls()
     assert "--torch-backend" not in filled.calls()
 
 
