@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,9 +67,14 @@ def drawn(path: Path, verify: Callable = NEVER_RIGHT, problems=PROBLEMS, on_prog
     return sample_traces(problems, path, settings(**changes), verify, on_progress)
 
 
+def file_order(path: Path) -> list[tuple[str, int]]:
+    """The keys of a completions file in its order."""
+    return [(row.problem_id, row.sample_index) for row in require_records(path, Completion)]
+
+
 def file_keys(path: Path) -> set[tuple[str, int]]:
     """The keys of a completions file, of which none comes twice."""
-    rows = [(row.problem_id, row.sample_index) for row in require_records(path, Completion)]
+    rows = file_order(path)
     assert len(set(rows)) == len(rows)
     return set(rows)
 
@@ -112,6 +118,24 @@ def test_a_second_call_asks_nothing_and_returns_the_same(server, tmp_path):
     asked = len(server.asked)
     assert drawn(tmp_path / "c.jsonl", teacher_url=server.url) == first
     assert len(server.asked) == asked == 12
+
+
+def test_the_file_is_in_the_order_of_rounds_and_problems_whatever_was_ready_first(server, tmp_path):
+    """Rows that nobody asks for any more are kept: they were paid for."""
+    answer, path = server.choice, tmp_path / "c.jsonl"
+
+    def slow_first(asked: dict) -> tuple[dict, str]:
+        time.sleep(0.3 if key_of(asked)[0] == 0 else 0)
+        return answer(asked)
+
+    server.choice = slow_first
+    rounds = [(problem.id, index) for index in range(3) for problem in PROBLEMS]
+    drawn(path, teacher_url=server.url)
+    assert file_order(path) == rounds
+    drawn(path, problems=PROBLEMS[:2], teacher_url=server.url)
+    asked_for = [(id, index) for id, index in rounds if id in [PROBLEMS[0].id, PROBLEMS[1].id]]
+    assert [key for key in file_order(path) if key in asked_for] == asked_for
+    assert sorted(file_order(path)) == sorted(rounds)
 
 
 def test_more_samples_are_asked_for_where_none_was_right(server, tmp_path):

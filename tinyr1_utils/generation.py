@@ -140,7 +140,7 @@ class CompletionsFile:
     """An append-only file of completions: its `rows` by key, of a repeated key the first, and appending to it.
 
     `output_tokens` sums over every row; `uncounted` are rows with a text whose server reported no tokens. `settle`
-    leaves exactly the wanted rows, in their order. Opening repairs what a killed run has left: see `_read`.
+    leaves exactly the rows that are named, in their order. Opening repairs what a killed run has left: see `_read`.
     """
 
     def __init__(self, path: Path):
@@ -196,9 +196,8 @@ class CompletionsFile:
                 rows = [("chunk", "completions", "output_tokens", "seconds")] if new else []
                 csv.writer(stream).writerows([*rows, (chunk, len(completions), tokens, round(seconds, 3))])
 
-    def settle(self, wanted: Sequence[Request]) -> None:
-        """Write the file anew where it holds other rows than the wanted ones, or another order."""
-        keys = [request.key for request in wanted]
+    def settle(self, keys: Sequence[tuple[str, int]]) -> None:
+        """Write the file anew where it holds other rows than those of the keys, or another order."""
         if self.order != keys:
             with self._named_errors():
                 write_records(self.path, [self.rows[key] for key in keys])
@@ -242,7 +241,7 @@ def sample(
     """
     wanted, file = rendered_requests(model, problems, parameters, earlier), CompletionsFile(path)
     completions = draw_into(file, wanted, parameters, engine, on_progress, on_chunk)
-    file.settle(wanted)
+    file.settle([request.key for request in wanted])
     return completions
 
 

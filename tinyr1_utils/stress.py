@@ -222,7 +222,7 @@ def _log_likelihoods(
     wanted = [Request(name, 0, (), [], 0) for name in queries]
     engine = functools.cache(lambda: likelihood_engine(folder, parameters, lambda request: queries[request.problem_id]))
     completions = draw_into(file, wanted, parameters, engine, on_line)
-    file.settle(wanted)
+    file.settle([request.key for request in wanted])
     _release_gpus(engine)
     return {completion.problem_id: parse_values(completion.text) for completion in completions}
 

@@ -154,7 +154,8 @@ def sample_traces(
     of (None). What `path` holds is not drawn again, so a killed or stopped call goes on where it was. Each sample has
     a seed of its own by problem and index; how far a seed gives the same text is the engine's (`endpoint_engine`).
     No request is sent once the file's tokens reach a budget; those in flight are finished and kept, so that a budget
-    is exceeded by at most `teacher_concurrency` completions, in process by a chunk. Raises as `draw_into` and the
+    is exceeded by at most `teacher_concurrency` completions, in process by a chunk. In the end the file's rows are in
+    the order of rounds and problems, whatever was ready first. Raises as `draw_into` and the
     engines; what was drawn is kept.
     """
     folder = _folder(parameters)
@@ -187,6 +188,9 @@ def sample_traces(
             break
         traces = [trace_of(completion, name) for completion in completions]
         waiting = _unverified(list(zip(waiting, traces, strict=True)), verify)
+    # An endpoint's completions came in the order in which they were ready, which no second run has.
+    places = {problem.id: place for place, problem in enumerate(unique)}
+    file.settle(sorted(file.rows, key=lambda key: (key[1], places.get(key[0], len(places)), key[0])))
     found = {
         problem.id: [trace_of(file.rows[problem.id, i], name) for i in samples if (problem.id, i) in file.rows]
         for problem in unique
