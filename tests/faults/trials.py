@@ -178,9 +178,10 @@ def processes() -> list[psutil.Process]:
     return [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
-def stages_from(stage: str) -> tuple[str, ...]:
-    """A stage of STAGES and all behind it."""
-    return STAGES[STAGES.index(stage) :]
+def with_next(stage: str) -> tuple[str, ...]:
+    """A stage of STAGES and the one behind it."""
+    at = STAGES.index(stage)
+    return STAGES[at : at + 2]
 
 
 def await_end(within_s: float = 30.0) -> list[str]:
@@ -227,7 +228,7 @@ Hurt = tuple[float, int] | None  # the moment and the code of the hurt call; Non
 
 @dataclass(frozen=True)
 class Fault:
-    """How a call is hurt, in which stages, alone or with all behind them, and what is called after it."""
+    """How a call is hurt, in which stages (of a whole run: each with the next one), and what is called after it."""
 
     hurt: Callable[[Scene], Hurt]
     stages: tuple[str, ...] = STAGES
@@ -484,10 +485,9 @@ def judge(project: Path, undisturbed: Path) -> str:
 
 @contextlib.contextmanager
 def trial_project(undisturbed: Path, stage: str, whole_run: bool, place: Path) -> Iterator[Path]:
-    """A copy of the undisturbed project without a stage, and without all behind it where the whole run is called."""
+    """A copy of the undisturbed project without a stage, and without the next one where the whole run is called."""
     shutil.copytree(undisturbed, place, symlinks=True)
-    behind = stages_from(stage) if whole_run else (stage,)
-    for name in behind:
+    for name in with_next(stage) if whole_run else (stage,):
         shutil.rmtree(place / RUN / name)
     if stage == HUB:
         shutil.rmtree(place / RUNS / "hub")
@@ -550,7 +550,7 @@ def trial(name: str, stage: str, seed: int, run: Undisturbed) -> Trial | None:
     """One trial; None where the call ended before it was hurt."""
     fault, (undisturbed, seconds, network), shared = FAULTS[name], run, in_shared_memory()
     words = command("all") if fault.whole_run else one_stage(stage)
-    usual = sum(seconds[one] for one in stages_from(stage)) if fault.whole_run else seconds[stage]
+    usual = sum(seconds[one] for one in with_next(stage)) if fault.whole_run else seconds[stage]
     with trial_project(undisturbed, stage, fault.whole_run, undisturbed.with_name("hurt")) as project:
         scene = Scene(project, undisturbed, stage, words, usual, random.Random(f"{name}|{stage}|{seed}"), network)
         found, lost = judged(fault, scene)
