@@ -35,6 +35,19 @@ def project(tmp_path, monkeypatch) -> Path:
     return root
 
 
+def stand_in_for_wandb(site: Path, source: str) -> Path:
+    """A folder for PYTHONPATH in which this source is installed as the package wandb."""
+    files = {
+        "wandb/__init__.py": source,
+        "wandb/sdk/lib/config_util.py": "class ConfigError(Exception): ...",
+        "wandb-0.dist-info/METADATA": "Metadata-Version: 2.1\nName: wandb\nVersion: 0\n",
+    }
+    for name, text in files.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(text)
+    return site
+
+
 def manifests(run: Path) -> dict[str, bytes]:
     """The bytes of every manifest in a run's folder, by its place there."""
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob("*/*/manifest.json"))}

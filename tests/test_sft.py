@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_config
+from conftest import stand_in_for_wandb, write_config
 from safetensors.torch import load_file, save_file
 from test_launch import SHORTAGES
 from transformers import AutoModelForCausalLM
@@ -298,15 +298,7 @@ def log(values):
 @pytest.fixture
 def wandb(tmp_path, monkeypatch):
     """A stand-in for wandb, installed for this process and the jobs that it starts."""
-    site = tmp_path / "site"
-    files = {
-        "wandb/__init__.py": WANDB,
-        "wandb/sdk/lib/config_util.py": "class ConfigError(Exception): ...",
-        "wandb-0.dist-info/METADATA": "Metadata-Version: 2.1\nName: wandb\nVersion: 0\n",
-    }
-    for name, text in files.items():
-        (site / name).parent.mkdir(parents=True, exist_ok=True)
-        (site / name).write_text(text)
+    site = stand_in_for_wandb(tmp_path / "site", WANDB)
     monkeypatch.syspath_prepend(site)
     monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
     yield

@@ -2,6 +2,7 @@
 
 .venv/bin/python tests/faults/trials.py --folder DIR --trials 20                     # every fault
 .venv/bin/python tests/faults/trials.py --folder DIR --faults "kill -9 of the kernel,SIGTERM to papermill"
+.venv/bin/python tests/faults/trials.py --folder DIR --again                         # what was lost before a mend
 
 A trial holds when the second call ends well and leaves what an undisturbed run leaves: the same manifests, hence the
 same bytes and rows in every artifact, the same files beside them, no temporary file, and no process. `trials.csv` gets
@@ -34,7 +35,7 @@ from tinyr1_utils.artifacts import LOG, damages
 from tinyr1_utils.sources import SOURCES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import make_project, manifests, write_config
+from conftest import make_project, manifests, stand_in_for_wandb, write_config
 from hub import Hub
 from test_endpoints import Handler, Server
 
@@ -43,6 +44,23 @@ FAKETIME = next(map(str, Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
 CONFIG, RUNS, RUN = "configs/faults.yaml", "papermill_runs", "papermill_runs/faults"
 STAGES = ("curation/math", "sft/math", "merge/exact", "evaluation/exact", "stress/exact", "analysis/report")
 ENDPOINT, SERVED, TAUGHT, HUB = "evaluation/endpoint", "evaluation/served", "curation/taught", "curation/hub"
+TRACKED = "sft/tracked"
+# Of wandb as much as transformers' callback takes of it, every value by a call of its own.
+WANDB = """
+import os, types, urllib.request
+
+run, config = None, {}
+
+def _send(values):
+    urllib.request.urlopen(os.environ["TRACKER"], str(values).encode(), timeout=10).close()
+
+def init(**settings):
+    global run
+    _send(settings)
+    run = types.SimpleNamespace(url="wandb.example/1", summary={}, _label=lambda code: None)
+
+log = _send
+"""
 SMALL = {"limit": 16, "n_samples": 2, "chunk_size": 4, "max_new_tokens": 64}
 SECTIONS = {
     "curation": {
@@ -87,11 +105,19 @@ class Answers(Handler):
             self.close_connection = True
             return
         time.sleep(0.2)
+        if self.path == "/tracker":
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            return
         super().do_POST()
 
 
 class Endpoint(Server):
-    """An OpenAI-compatible server in this process, whose network can go. A third of its answers are right."""
+    """An OpenAI-compatible server in this process, whose network can go. A third of its answers are right.
+
+    It takes a tracker's values too.
+    """
 
     def __init__(self):
         super().__init__()
@@ -101,7 +127,7 @@ class Endpoint(Server):
 
 
 class Network:
-    """Servers in this process: an endpoint, which teaches too, and a hub. While it is `down`, both drop connections."""
+    """Servers in this process: an endpoint, teacher and tracker too, and a hub; while `down`, they drop all calls."""
 
     def __init__(self):
         rows = [{"question": f"What is {i} minus {i // 2}?", "answer": f"#### {i - i // 2}"} for i in range(3000)]
@@ -124,6 +150,7 @@ class Network:
                 "columns": "id=id,question=question,reference=gold", "teacher_samples": 2, "teacher_concurrency": 2,
             },
             HUB: {"domain": "math", "sources": "gsm8k-train", "limit": 0},
+            TRACKED: {"domains": "math", "report_to": "wandb"},
         }  # fmt: skip
         sections = copy.deepcopy(SECTIONS)
         for name in (name for name in extra if name in stages):
@@ -160,6 +187,15 @@ def files(project: Path) -> set[str]:
     """
     runs = project / RUNS
     return {str(path.relative_to(runs)) for path in runs.rglob("*") if path.is_file() and path.name != LOG}
+
+
+def own_shared_memory() -> None:
+    """Mounts of this process' own, /dev/shm among them: what other programs leave there is none of its trials'."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x00020000):  # CLONE_NEWNS
+        raise OSError(ctypes.get_errno(), "no mounts of its own: trials need root")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
 
 
 def adopt_orphans() -> None:
@@ -311,16 +347,22 @@ def size_of(folder: Path) -> int:
 
 
 def full_disk(scene: Scene) -> Hurt:
-    """No space left at some byte of what the stage writes, or before it where it asks for its least."""
-    run = scene.project / RUN
-    least, written = 64 * 2**20, size_of(scene.undisturbed / RUN / scene.stage)
-    begun = time.monotonic()
-    with small_disk(run, size_of(run) + 2**20 + int(scene.pick.random() * (least + 2 * written))):
-        code = start(scene).wait(600)
+    """From a random moment on, or from before the start, another file leaves less of the disk than the stage writes."""
+    run, moment = scene.project / RUN, max(0.0, (scene.pick.random() - 0.2) * scene.seconds)
+    left = int(scene.pick.random() * size_of(scene.undisturbed / RUN / scene.stage))
+    with small_disk(run, size_of(run) + 2**28):
+        process, begun = start(scene) if moment else None, time.monotonic()
+        if process:
+            wait_until(begun + moment, process)
+        other = run / "other"
+        with open(other, "wb") as stream, contextlib.suppress(OSError):  # the stage has just written the space away
+            os.posix_fallocate(stream.fileno(), 0, max(1, shutil.disk_usage(run).free - left))
+        code = (process or start(scene)).wait(600)
+        other.unlink()
     if code == 0:
         return None
     assert "ERROR" in said(scene), said(scene)[-500:]
-    return time.monotonic() - begun, code
+    return moment, code
 
 
 def read_only(scene: Scene) -> Hurt:
@@ -455,7 +497,7 @@ FAULTS = {
     "damaged artifact": Fault(damage, tuple(dict.fromkeys(NEXT.values())), again=("verify", "--rebuild")),
     "two calls at once": Fault(second_call, ("merge/exact", "analysis/report"), whole_run=True),
     "clock jumps": Fault(clock),
-    "network drops": Fault(dropped_network, (ENDPOINT, TAUGHT, HUB)),
+    "network drops": Fault(dropped_network, (ENDPOINT, TAUGHT, HUB, TRACKED)),
     "out of memory": Fault(short_of_memory, ("sft/math", "evaluation/exact")),
 }
 
@@ -510,7 +552,11 @@ def run_undisturbed(folder: Path, stages: Collection[str]) -> Undisturbed:
     """
     network, project, seconds = Network(), make_project(folder / "project"), {}
     temporary(project).mkdir()
-    os.environ |= {"HF_ENDPOINT": network.hub.url, "HF_HOME": str(folder / "hub-client")}
+    site = stand_in_for_wandb(folder / "site", WANDB)
+    os.environ |= {
+        "HF_ENDPOINT": network.hub.url, "HF_HOME": str(folder / "hub-client"), "PYTHONPATH": str(site),
+        "TRACKER": network.endpoint.url.removesuffix("v1") + "tracker",
+    }  # fmt: skip
     write_config(project, "faults", **network.sections(project, stages))
     done = call(project, command("all"), 3600.0)
     if done.returncode:
@@ -573,13 +619,18 @@ def trials_in(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False) if path.is_file() else pd.DataFrame(columns=columns)
 
 
-def add(one: Trial, path: Path) -> None:
-    """One more line of the file, in the order of FAULTS and seeds, while no other call writes to it."""
+def rewrite(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    """The file after a change, in the order of FAULTS and seeds, while no other call writes to it."""
     with filelock.FileLock(f"{path}.lock"):
-        frame = pd.concat([trials_in(path), pd.DataFrame([asdict(one)])], ignore_index=True)
-        places = {name: place for place, name in enumerate(FAULTS)}
+        frame, places = change(trials_in(path)), {name: place for place, name in enumerate(FAULTS)}
         frame = frame.sort_values(["fault", "seed"], key=lambda c: c.map(places) if c.name == "fault" else c)
         frame.to_csv(path, index=False, lineterminator="\n")
+
+
+def add(one: Trial, path: Path) -> None:
+    """One more line of the file."""
+    rewrite(path, lambda frame: pd.concat([frame, pd.DataFrame([asdict(one)])], ignore_index=True))
+    print(f"{one.fault}, {one.stage}, seed {one.seed}, at {one.moment_s} s: {one.lost or 'nothing lost'}", flush=True)
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -608,7 +659,16 @@ def try_fault(name: str, arguments: argparse.Namespace, run: Undisturbed) -> Non
         while (one := trial(name, stage, seed, run)) is None:
             seed += 1
         add(one, arguments.results)
-        print(f"{name}, {stage}, seed {one.seed}, at {one.moment_s} s: {one.lost or 'nothing lost'}", flush=True)
+
+
+def try_again(name: str, arguments: argparse.Namespace, run: Undisturbed) -> None:
+    """The trials of one fault that lost something, with their seeds; what they lost then goes out of the file."""
+    there = trials_in(arguments.results)
+    for row in there[(there["fault"] == name) & (there["lost"] != "")].itertuples():
+        one = trial(name, row.stage, row.seed, run)
+        rewrite(arguments.results, lambda f, seed=row.seed: f[(f["fault"] != name) | (f["seed"] != seed)])
+        if one is not None:
+            add(one, arguments.results)
 
 
 def main() -> None:
@@ -619,6 +679,7 @@ def main() -> None:
     parser.add_argument("--faults", default="", help="comma-separated; default: all")
     parser.add_argument("--stages", default="", help="comma-separated; default: all in which the fault is tried")
     parser.add_argument("--results", type=Path, default=RESULTS, help="a file that is added to")
+    parser.add_argument("--again", action="store_true", help="first those that lost something, with the same seeds")
     parser.add_argument("--table", action="store_true", help="print the results as a table, try nothing")
     arguments = parser.parse_args()
     if arguments.table:
@@ -629,12 +690,15 @@ def main() -> None:
     if "clock jumps" in chosen and not FAKETIME:
         sys.exit("no libfaketime (Debian: faketime): the clock can not jump")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, by children too
+    own_shared_memory()
     adopt_orphans()
     hurt = dict.fromkeys(stage for name in chosen for stage in FAULTS[name].stages)
     timed = [*STAGES, *hurt] if any(FAULTS[name].whole_run for name in chosen) else [*hurt]
     run = run_undisturbed(arguments.folder.resolve(), arguments.stages or dict.fromkeys(timed))
     print({stage: round(value, 1) for stage, value in run[1].items()}, flush=True)
     for name in chosen:
+        if arguments.again:
+            try_again(name, arguments, run)
         try_fault(name, arguments, run)
     shutil.rmtree(arguments.folder)
     frame = trials_in(arguments.results)
