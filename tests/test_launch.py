@@ -69,6 +69,25 @@ def test_output_comes_while_the_job_runs(tmp_path):
     assert lines == ["first", "answered", "on stderr"]
 
 
+def test_a_job_that_is_killed_leaves_no_shared_memory():
+    """Two processes share it by name; the one that made it is killed with its child, and no exit function runs."""
+    code = (
+        "import os, time\n"
+        "from multiprocessing.shared_memory import SharedMemory\n"
+        "print(SharedMemory(create=True, size=4096).name, flush=True)\n"
+        "os.fork()\n"
+        "time.sleep(600)"
+    )
+
+    def stop(line):
+        assert Path("/dev/shm", line).is_file()
+        raise KeyboardInterrupt(line)
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        launch.run([sys.executable, "-c", code], stop)
+    assert not Path("/dev/shm", str(stopped.value)).exists()
+
+
 def test_a_job_leaves_though_an_exit_function_hangs_and_its_child_holds_the_output():
     code = (
         "import atexit, subprocess, time\n"

@@ -209,20 +209,6 @@ def endpoint_engine(
     return _concurrent(loop, draw, parameters.concurrency, go_on)
 
 
-# Ends the server and its engines, which are its process group, when the pipe on its input closes: however this process
-# ends, by kill -9 included. The server's own children would outlive it. First gently, so that they free what they
-# share. $0 is the server's folder, "$@" its command.
-GUARD = """
-trap : TERM
-(trap : TERM; "$@"; sleep 2; kill -KILL 0) &
-read -r _
-kill -TERM 0
-rm -rf -- "$0"
-sleep 20
-kill -KILL 0
-"""
-
-
 def server_command(model: Path, parameters: GenerationParameters, on_cpu: bool) -> list[str]:
     """vLLM's OpenAI-compatible server with the settings of the in-process engine; where it listens is left out.
 
@@ -248,7 +234,7 @@ def start_server(command: Sequence[str], log: Path, parameters: GenerationParame
         environment["OMP_NUM_THREADS"] = str(parameters.threads)
     with open(log, "wb") as stream:
         return subprocess.Popen(
-            ["sh", "-c", GUARD, str(log.parent), *command],
+            [sys.executable, "-m", "tinyr1_utils.server_guard", str(log.parent), *command],
             stdin=subprocess.PIPE,
             stdout=stream,
             stderr=subprocess.STDOUT,

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from base64 import urlsafe_b64encode
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +50,7 @@ _SHORT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 LAST_WORDS_S = 60.0  # for exit functions: a tracker's waits for ever where its network is dead
+TRACKER_S = 10.0  # for a tracker of shared memory, which has a few names to take away
 _CRASHES = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
 # What torchrun and DeepSpeed's launcher say of a worker that a signal ended.
 _SIGNAL = re.compile(r"Signal (\d+) \(SIG\w+\) received|exitcode\s*:\s*-(\d+)|exits with return code = -(\d+)")
@@ -246,10 +248,11 @@ def run(
             on_line(line.rstrip())
         code = process.wait()
     except BaseException:
-        _kill_group(process)
+        end_group(process.pid)
+        process.wait()
         raise
     if code:
-        _kill_group(process)
+        end_group(process.pid)
         raise RuntimeError(_reason(code, said, ended_by, last))
 
 
@@ -268,10 +271,33 @@ def _reason(code: int, said: str, ended_by: int, last: Sequence[str]) -> str:
     return f"{how}{lost}; its last lines:\n" + "\n".join(last)
 
 
-def _kill_group(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _members(group: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
+    """The processes of a group but for this one: those that work, and Python's trackers of what is shared."""
+    found: tuple[list[psutil.Process], list[psutil.Process]] = [], []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            ours = os.getpgid(process.pid) == group and process.pid != os.getpid()
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found["resource_tracker import" in " ".join(process.cmdline())].append(process)
+    return found
+
+
+def end_group(group: int, gently_s: float = 0.0) -> None:
+    """Wait for the end of a group's processes, but for this one, then kill those that are left.
+
+    A tracker frees the memory that others have shared by name once the last of them has ended, killed or not. Killed
+    itself, it would leave it until the machine starts again.
+    """
+    deadline = time.monotonic() + gently_s
+    while working := _members(group)[0]:
+        if time.monotonic() >= deadline:
+            for process in working:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+        time.sleep(0.05)
+    for tracker in psutil.wait_procs(_members(group)[1], TRACKER_S)[1]:
+        with contextlib.suppress(psutil.Error):
+            tracker.kill()
 
 
 def _on_host(hosts: Mapping[str, int], number: int, address: str, port: str, program: Sequence[str]) -> str:

@@ -137,6 +137,7 @@ def train(job: Mapping[str, Any]) -> None:
             import deepspeed
 
             deepspeed.init_distributed("gloo")
+            unname_buffers()
     parameters = kernels(parameters, on_cpu, print if first else lambda line: None)
     tokenizer = load_tokenizer(backbone, job["template"])
     if first:
@@ -163,6 +164,19 @@ def train(job: Mapping[str, Any]) -> None:
         rate = tokens * (len(speed) - 1) / seconds if seconds else None
         write_json(folder / "speed.json", {"tokens_per_s": rate, "peak_gib": peak, "seconds": seconds})
     trainer.accelerator.wait_for_everyone()  # before any leaves
+
+
+def unname_buffers() -> None:
+    """Take the names of DeepSpeed's shared buffers for CPUs, 66 MiB a process, out of /dev/shm once all have them.
+
+    So the kernel frees them with the last process, however it ends; with their names, what is killed leaves them.
+    """
+    import torch.distributed as dist
+
+    dist.barrier()
+    place = [os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")]
+    names = ["deepspeed_allreduce_buffer", os.getuid(), *place, dist.get_rank()]
+    Path("/dev/shm", "_".join(map(str, names))).unlink(missing_ok=True)
 
 
 def _write_results(folder: Path, parameters: SftParameters, state, tokens: float, after: Mapping[str, float]) -> None:
