@@ -27,7 +27,7 @@ ENDPOINT_URL = "endpoint_url"  # the parameter that holds a URL, unless the call
 RETRIES = 8  # of a request that met 429, 5xx or a time-out; the client waits 0.5 s, then twice as long, up to 8 s
 REQUEST_LIMIT_S = 3600.0  # a long completion on a busy server answers late
 START_LIMIT_S = 1800.0  # a large model is read and compiled first
-END_LIMIT_S = 20.0  # a server that lost an engine ends the others before itself
+END_LIMIT_S = 30.0  # a server that lost an engine ends the others before itself
 IN_FLIGHT = 1024  # requests to a server of our own, per engine: more than an engine batches
 
 

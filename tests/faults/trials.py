@@ -646,13 +646,13 @@ def table(frame: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def try_fault(name: str, arguments: argparse.Namespace, run: Undisturbed) -> None:
-    """Trials of one fault, spread over its stages, until the file has enough."""
+def try_fault(name: str, enough: int, arguments: argparse.Namespace, run: Undisturbed) -> None:
+    """Trials of one fault, each in the stage that has the fewest, until the file has enough."""
     stages = [stage for stage in FAULTS[name].stages if stage in (arguments.stages or FAULTS[name].stages)]
     while True:
         there = trials_in(arguments.results)
         there = there[there["fault"] == name]
-        if len(there) >= arguments.trials:
+        if len(there) >= enough:
             return
         seed = int(there["seed"].max()) + 1 if len(there) else 1
         stage = min(stages, key=lambda one: (there["stage"] == one).sum())
@@ -696,10 +696,12 @@ def main() -> None:
     timed = [*STAGES, *hurt] if any(FAULTS[name].whole_run for name in chosen) else [*hurt]
     run = run_undisturbed(arguments.folder.resolve(), arguments.stages or dict.fromkeys(timed))
     print({stage: round(value, 1) for stage, value in run[1].items()}, flush=True)
-    for name in chosen:
-        if arguments.again:
+    if arguments.again:
+        for name in chosen:
             try_again(name, arguments, run)
-        try_fault(name, arguments, run)
+    for enough in range(1, arguments.trials + 1):  # evenly: a call that is cut off has tried every fault
+        for name in chosen:
+            try_fault(name, enough, arguments, run)
     shutil.rmtree(arguments.folder)
     frame = trials_in(arguments.results)
     sys.exit(int((frame[frame["fault"].isin(chosen)]["lost"] != "").any()))
