@@ -51,7 +51,7 @@ compare: bootstrap ## two finished runs, A=run1 B=run2: parameters that differ, 
 
 faults: bootstrap ## TRIALS (20) of every fault at random moments, hours; needs root; FAULTS="full disk" for one
 	@bash scripts/test_programs.sh
-	$(VENV_PYTHON) tests/faults/trials.py --folder "$${FOLDER:-/tmp/faults}" --trials "$${TRIALS:-20}" --faults "$$FAULTS"
+	$(VENV_PYTHON) tests/faults/trials.py $${FOLDER:+--folder "$$FOLDER"} $${TRIALS:+--trials "$$TRIALS"} --faults "$$FAULTS"
 
 lab: bootstrap ## JupyterLab on notebooks/, its kernel this environment; LAB_ARGS=--no-browser
 	PYTHONWARNINGS="ignore:IProgress not found" $(VENV)/bin/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)

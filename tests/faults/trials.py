@@ -639,7 +639,7 @@ def table(frame: pd.DataFrame) -> str:
     lines = [f"| fault | {' | '.join(stages)} | lost / trials |", f"|---|{'---:|' * (len(stages) + 1)}"]
     for name in FAULTS:
         ours = frame[frame["fault"] == name]
-        kinds = ours["stage"].str.partition("/")[0]
+        kinds = ours["stage"].str.split("/").str[0]
         parts = [ours[kinds == stage] for stage in stages] + [ours]
         cells = [f"{(part['lost'] != '').sum()} / {len(part)}" if len(part) else "–" for part in parts]
         lines.append(f"| {name}{' †' if FAULTS[name].whole_run else ''} | {' | '.join(cells)} |")
@@ -674,7 +674,7 @@ def try_again(name: str, arguments: argparse.Namespace, run: Undisturbed) -> Non
 def main() -> None:
     """The command line; exit code 1 where a trial lost something."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="for the projects; emptied at the end")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/faults"), help="for the projects; gone at the end")
     parser.add_argument("--trials", type=int, default=20, help="of each fault, spread over its stages")
     parser.add_argument("--faults", default="", help="comma-separated; default: all")
     parser.add_argument("--stages", default="", help="comma-separated; default: all in which the fault is tried")
