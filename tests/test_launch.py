@@ -88,6 +88,25 @@ def test_a_job_that_is_killed_leaves_no_shared_memory():
     assert not Path("/dev/shm", str(stopped.value)).exists()
 
 
+def test_a_pools_worker_ends_with_a_killed_process(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing, os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from tinyr1_utils import launch\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    pool = ProcessPoolExecutor(1, context, initializer=launch.end_with_pool)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    worker = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    assert gone(worker)
+
+
 def test_a_job_leaves_though_an_exit_function_hangs_and_its_child_holds_the_output():
     code = (
         "import atexit, subprocess, time\n"

@@ -26,7 +26,7 @@ from tinyr1_utils.backbones import resolve_backbone
 from tinyr1_utils.chat_templates import end_of_turn, file_tokenizer, template_text
 from tinyr1_utils.config import CurationParameters, from_root, names
 from tinyr1_utils.filters import CONTAMINATED, ROW_FILTERS, Finding, Row, read_filters
-from tinyr1_utils.launch import die_with_parent
+from tinyr1_utils.launch import end_with_pool
 from tinyr1_utils.prompts import chat
 from tinyr1_utils.records import GENERAL, BrokenLine, Problem, Trace, atomic_path
 from tinyr1_utils.sources import Entry, digest, load, parse_benchmarks, read, source_named
@@ -404,7 +404,7 @@ def scan(
     if teacher_traces:
         rows = ((source, _taught(entry, teacher_traces)) for source, entry in rows)
     values = parameters.model_dump_json()
-    pool = ProcessPoolExecutor(parameters.workers, get_context("spawn"), initializer=die_with_parent)
+    pool = ProcessPoolExecutor(parameters.workers, get_context("spawn"), initializer=end_with_pool)
     running: set[Future] = set()
     progress, count = _Progress(parameters.variant), 0
     try:

@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from tinyr1_utils import looks, merge_figures, overview_figures, stress_figures
-from tinyr1_utils.launch import die_with_parent
+from tinyr1_utils.launch import end_with_pool
 from tinyr1_utils.plotting import REPORTED_FACE, TEXT_WIDTH_IN, differences, dots, marker_size, note, panels, styled
 from tinyr1_utils.records import atomic_path
 
@@ -179,7 +179,7 @@ def redraw_published(published: Path, figures_folder: Path) -> None:
     """
     files = [file for file in sorted(published.glob("*/analysis/*.csv")) if file.stem in FIGURES]
     folders = [figures_folder / file.parent.parent.name for file in files]
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn"), initializer=die_with_parent) as pool:
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn"), initializer=end_with_pool) as pool:
         list(pool.map(_redraw, files, folders))
 
 

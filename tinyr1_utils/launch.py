@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import multiprocessing
 import os
 import queue
 import re
@@ -59,6 +60,16 @@ _SIGNAL = re.compile(r"Signal (\d+) \(SIG\w+\) received|exitcode\s*:\s*-(\d+)|ex
 def die_with_parent() -> None:
     """For `preexec_fn`: the child is killed when its parent dies, by kill -9 included (Linux)."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_with_pool() -> None:
+    """For `initializer`: a pool's worker ends with the process of the pool, also where that has died before this call.
+
+    Without it the worker would wait for ever, since it holds the other end of the queue that it reads itself.
+    """
+    die_with_parent()
+    if os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import pandas as pd
 from tinyr1_utils import checkpoints, recipes
 from tinyr1_utils.checkpoints import FLOATING, Entry, module_and_layer
 from tinyr1_utils.config import BACKBONE
+from tinyr1_utils.launch import end_with_pool
 
 READING = ["step", "base", "other", "module", "tensor", "shape", "elements", "kept_fraction", "threshold", "degenerate"]
 READING += ["zeros", "lowest", "counts", "density"]
@@ -57,7 +58,7 @@ def layer_frame(
         known = sorted(set(layer_of.values()))
         raise ValueError(f"layer {layer} does not exist: the branches have the layers {known[0]} to {known[-1]}")
     copies = {name: [entries[name] for entries in stored.values()] for name in layer_of if layer_of[name] == layer}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_pool) as pool:
         rows = pool.submit(_rows, list(stored), copies, options, threads).result()
     return pd.DataFrame(rows, columns=READING).sort_values("step", kind="stable", ignore_index=True)
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
+import psutil
 
 from tinyr1_utils import cluster, executed_pages, launch
 from tinyr1_utils.artifacts import EXECUTED, MANIFEST, damages, own
@@ -81,7 +82,7 @@ def cell_title(cell) -> str:
 def end_with_the_run() -> None:
     """End this stage when the `stage_runner all` that started it is gone, so that a killed run leaves no stage behind.
 
-    Its kernel ends by itself then, and the kernel's training job with it.
+    Its kernel is killed, since one that is just starting would look for its parent too late; a job of it ends with it.
     """
     runner = int(os.environ.get(RUNNER_PID, "0"))
     if not runner:
@@ -90,6 +91,8 @@ def end_with_the_run() -> None:
     def watch():
         while Path(f"/proc/{runner}").exists():
             time.sleep(1)
+        for child in psutil.Process().children():
+            child.kill()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
