@@ -103,7 +103,7 @@ def test_a_pools_worker_ends_with_a_killed_process(tmp_path):
     process = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     worker = int(process.stdout.readline())
     process.kill()
-    process.communicate()
+    process.wait()
     assert gone(worker)
 
 
