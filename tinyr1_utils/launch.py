@@ -282,15 +282,23 @@ def _reason(code: int, said: str, ended_by: int, last: Sequence[str]) -> str:
     return f"{how}{lost}; its last lines:\n" + "\n".join(last)
 
 
-def _members(group: int) -> tuple[list[psutil.Process], list[psutil.Process]]:
-    """The processes of a group but for this one: those that work, and Python's trackers of what is shared."""
-    found: tuple[list[psutil.Process], list[psutil.Process]] = [], []
+def _members(group: int, trackers: bool) -> list[psutil.Process]:
+    """Of the processes of a group, this one aside, Python's trackers of what is shared, or all others."""
+    found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
-            ours = os.getpgid(process.pid) == group and process.pid != os.getpid()
-            if ours and process.status() != psutil.STATUS_ZOMBIE:
-                found["resource_tracker import" in " ".join(process.cmdline())].append(process)
+            if os.getpgid(process.pid) != group or process.pid == os.getpid():
+                continue
+            tracks = "resource_tracker import" in " ".join(process.cmdline())
+            if tracks == trackers and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def end_group(group: int, gently_s: float = 0.0) -> None:
@@ -300,15 +308,11 @@ def end_group(group: int, gently_s: float = 0.0) -> None:
     itself, it would leave it until the machine starts again.
     """
     deadline = time.monotonic() + gently_s
-    while working := _members(group)[0]:
+    while working := _members(group, trackers=False):
         if time.monotonic() >= deadline:
-            for process in working:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
+            _kill(working)
         time.sleep(0.05)
-    for tracker in psutil.wait_procs(_members(group)[1], TRACKER_S)[1]:
-        with contextlib.suppress(psutil.Error):
-            tracker.kill()
+    _kill(psutil.wait_procs(_members(group, trackers=True), TRACKER_S)[1])
 
 
 def _on_host(hosts: Mapping[str, int], number: int, address: str, port: str, program: Sequence[str]) -> str:

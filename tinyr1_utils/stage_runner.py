@@ -92,7 +92,8 @@ def end_with_the_run() -> None:
         while Path(f"/proc/{runner}").exists():
             time.sleep(1)
         for child in psutil.Process().children():
-            child.kill()
+            with contextlib.suppress(psutil.Error):  # it may just have ended by itself
+                child.kill()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -155,8 +155,8 @@ def sample_traces(
     a seed of its own by problem and index; how far a seed gives the same text is the engine's (`endpoint_engine`).
     No request is sent once the file's tokens reach a budget; those in flight are finished and kept, so that a budget
     is exceeded by at most `teacher_concurrency` completions, in process by a chunk. In the end the file's rows are in
-    the order of rounds and problems, whatever was ready first. Raises as `draw_into` and the
-    engines; what was drawn is kept.
+    the order of rounds and problems, whatever was ready first. Raises as `draw_into` and the engines; what was drawn
+    is kept.
     """
     folder = _folder(parameters)
     generation = generation_parameters(parameters, folder)

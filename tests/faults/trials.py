@@ -193,7 +193,7 @@ def own_shared_memory() -> None:
     """Mounts of this process' own, /dev/shm among them: what other programs leave there is none of its trials'."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(0x00020000):  # CLONE_NEWNS
-        raise OSError(ctypes.get_errno(), "no mounts of its own: trials need root")
+        raise OSError(ctypes.get_errno(), "this process can have no mounts of its own")
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
 
@@ -604,6 +604,8 @@ def trial(name: str, stage: str, seed: int, run: Undisturbed) -> Trial | None:
         return None
     if not lost and (kept := in_shared_memory() - shared):
         lost = f"left shared memory: {sorted(kept)[:5]}"
+    for folder in (f"{sys.prefix}/bin/", f"{undisturbed.parent}/"):  # where this machine has them says nothing
+        lost = lost.replace(folder, "")
     return Trial(name, stage, seed, round(found[0], 2), found[1], lost, commit())
 
 
@@ -619,17 +621,18 @@ def trials_in(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False) if path.is_file() else pd.DataFrame(columns=columns)
 
 
-def rewrite(path: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
-    """The file after a change, in the order of FAULTS and seeds, while no other call writes to it."""
+def add(one: Trial, path: Path) -> None:
+    """Its line in the file, in the order of FAULTS and seeds, in place of one of the same seed, if any.
+
+    No other call writes to the file meanwhile.
+    """
     with filelock.FileLock(f"{path}.lock"):
-        frame, places = change(trials_in(path)), {name: place for place, name in enumerate(FAULTS)}
+        frame = trials_in(path)
+        frame = frame[(frame["fault"] != one.fault) | (frame["seed"] != one.seed)]
+        frame = pd.concat([frame, pd.DataFrame([asdict(one)])], ignore_index=True)
+        places = {name: place for place, name in enumerate(FAULTS)}
         frame = frame.sort_values(["fault", "seed"], key=lambda c: c.map(places) if c.name == "fault" else c)
         frame.to_csv(path, index=False, lineterminator="\n")
-
-
-def add(one: Trial, path: Path) -> None:
-    """One more line of the file."""
-    rewrite(path, lambda frame: pd.concat([frame, pd.DataFrame([asdict(one)])], ignore_index=True))
     print(f"{one.fault}, {one.stage}, seed {one.seed}, at {one.moment_s} s: {one.lost or 'nothing lost'}", flush=True)
 
 
@@ -662,11 +665,13 @@ def try_fault(name: str, enough: int, arguments: argparse.Namespace, run: Undist
 
 
 def try_again(name: str, arguments: argparse.Namespace, run: Undisturbed) -> None:
-    """The trials of one fault that lost something, with their seeds; what they lost then goes out of the file."""
+    """The trials of one fault that lost something, with their seeds: what they lose now takes the place of the line.
+
+    Where the call ends before it is hurt, the line stays.
+    """
     there = trials_in(arguments.results)
     for row in there[(there["fault"] == name) & (there["lost"] != "")].itertuples():
         one = trial(name, row.stage, row.seed, run)
-        rewrite(arguments.results, lambda f, seed=row.seed: f[(f["fault"] != name) | (f["seed"] != seed)])
         if one is not None:
             add(one, arguments.results)
 
@@ -690,7 +695,10 @@ def main() -> None:
     if "clock jumps" in chosen and not FAKETIME:
         sys.exit("no libfaketime (Debian: faketime): the clock can not jump")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, by children too
-    own_shared_memory()
+    if os.geteuid() == 0:
+        own_shared_memory()
+    else:
+        print("not root: what other programs leave in shared memory counts as lost", flush=True)
     adopt_orphans()
     hurt = dict.fromkeys(stage for name in chosen for stage in FAULTS[name].stages)
     timed = [*STAGES, *hurt] if any(FAULTS[name].whole_run for name in chosen) else [*hurt]
