@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tinyr1_utils.config import GenerationParameters, nearest
 from tinyr1_utils.engines import Engine, Keep, Request, check_gpus, room, vllm_environment, vllm_settings
@@ -250,7 +250,13 @@ def stop_server(process: subprocess.Popen, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _until_ready(client: Any, process: subprocess.Popen, log: Path) -> None:
+def _said(log: TextIO) -> str:
+    """What a server has logged so far, secrets masked."""
+    log.seek(0)
+    return masked(log.read())
+
+
+async def _until_ready(client: Any, process: subprocess.Popen, log: TextIO) -> None:
     """Wait until the server answers. RuntimeError with its last lines when it ends first or needs half an hour."""
     import openai
 
@@ -264,7 +270,7 @@ async def _until_ready(client: Any, process: subprocess.Popen, log: Path) -> Non
                     await asyncio.sleep(0.5)
     except TimeoutError:
         pass
-    said = masked(log.read_text(errors="replace"))
+    said = _said(log)
     last = "\n".join(said.splitlines()[-15:])
     raise _shortage(said) or RuntimeError(f"the vLLM server did not start; its last lines:\n{last}")
 
@@ -275,14 +281,14 @@ def _shortage(said: str) -> MemoryError | None:
     return MemoryError(re.sub(r"^.*?\[\w+\.py:\d+\]\s*", "", line)) if line else None
 
 
-async def _end(name: str, process: subprocess.Popen, log: Path) -> Exception:
+async def _end(name: str, process: subprocess.Popen, log: TextIO) -> Exception:
     """Why a server of our own failed a request: want of memory, else the last error that its log names, if any."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(END_LIMIT_S):
             while process.poll() is None:
                 await asyncio.sleep(0.2)
     how = "fails" if process.poll() is None else "ended, or an engine of it"
-    said = masked(log.read_text(errors="replace"))
+    said = _said(log)
     # vLLM's EngineDeadError says no more than that an engine ended.
     errors = [error for error in re.findall(r"[\w.]*(?:Error|Exception): .*", said) if "EngineDeadError" not in error]
     why = f" ({errors[-1][:200]})" if errors else ""
@@ -304,10 +310,12 @@ def server_engine(model: Path, parameters: GenerationParameters) -> Engine:
     on_cpu, loop = check_gpus(parameters) == 0, _Loop()
     at_a_time = min(parameters.chunk_size, IN_FLIGHT * parameters.data_parallel)
     folder = Path(tempfile.mkdtemp(prefix="vllm-"))
-    socket, log = folder / "socket", folder / "log"
-    process = start_server([*server_command(model, parameters, on_cpu), "--uds", str(socket)], log, parameters, on_cpu)
+    command = [*server_command(model, parameters, on_cpu), "--uds", str(folder / "socket")]
+    # Open before the server starts: one that ends takes its folder along.
+    log = open(folder / "log", "w+", errors="replace")  # noqa: SIM115 - the engine's own
+    process = start_server(command, folder / "log", parameters, on_cpu)
     limits = httpx2.Limits(max_connections=at_a_time)
-    transport = httpx2.AsyncHTTPTransport(uds=str(socket), limits=limits)
+    transport = httpx2.AsyncHTTPTransport(uds=str(folder / "socket"), limits=limits)
     http = openai.DefaultAsyncHttpx2Client(transport=transport)
     client = _client("http://localhost/v1", http_client=http, api_key="none", max_retries=0)
 
@@ -331,5 +339,6 @@ def server_engine(model: Path, parameters: GenerationParameters) -> Engine:
 
     engine = _concurrent(loop, draw, at_a_time)
     weakref.finalize(engine, stop_server, process, folder)
+    weakref.finalize(engine, log.close)
     loop.finish(_until_ready(client, process, log))
     return engine
