@@ -104,17 +104,17 @@ def slurm(folder: Path, hosts: Mapping[str, Sequence[str]]) -> Iterator[None]:
             time.sleep(1)
         deadline = time.monotonic() + 60
         asked = [*hosts[first], "sinfo", "--noheader", "--format=%T %D"]
-        while (shown := subprocess.run(asked, capture_output=True, text=True)).stdout.split() != [
-            "idle", str(len(hosts))
-        ]:  # fmt: skip
-            logs = "\n".join(path.read_text(errors="replace")[-1500:] for path in sorted(folder.glob("daemon-*.log")))
-            assert time.monotonic() < deadline, f"{shown.stdout}{shown.stderr}\n{logs}"
+        while subprocess.run(asked, capture_output=True, text=True).stdout.split() != ["idle", str(len(hosts))]:
+            assert time.monotonic() < deadline, _state(hosts[first], folder)
             time.sleep(0.5)
         ended = threading.Event()
         operator = threading.Thread(target=_release, args=(hosts[first], ended))
         operator.start()
         try:
             yield
+        except AssertionError as failed:
+            failed.add_note(_state(hosts[first], folder))
+            raise
         finally:
             ended.set()
             operator.join()
@@ -122,6 +122,14 @@ def slurm(folder: Path, hosts: Mapping[str, Sequence[str]]) -> Iterator[None]:
         for daemon in reversed(running):
             daemon.kill()
             daemon.wait()
+
+
+def _state(there: Sequence[str], folder: Path) -> str:
+    """What its nodes, its queue and the ends of its daemons' logs say."""
+    asked = (["sinfo", "--Node", "--long"], ["squeue", "--states=all", "--format=%i %k %T %N %r"])
+    told = [subprocess.run([*there, *command], capture_output=True, text=True) for command in asked]
+    logs = [path.read_text(errors="replace")[-1500:] for path in sorted(folder.glob("daemon-*.log"))]
+    return "\n".join([*(one.stdout + one.stderr for one in told), *logs])
 
 
 def _release(there: Sequence[str], ended: threading.Event) -> None:
