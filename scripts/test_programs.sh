@@ -21,7 +21,6 @@ need iproute2 ip
 need util-linux setpriv unshare nsenter
 need procps pgrep
 need hostname hostname
-need faketime faketime
 
 [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || exit 0
 

@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "test_programs.sh"
 PROGRAMS = """chromium munged slurmctld slurmd srun sbatch scontrol sinfo sshd ssh ssh-keygen ip setpriv unshare nsenter
-pgrep hostname faketime""".split()
+pgrep hostname""".split()
 
 
 class Machine:

@@ -11,8 +11,10 @@ import socket
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tinyr1_utils import adapters, benchmark_adapters, harness, launch, sandbox, wire
@@ -362,6 +364,20 @@ def test_no_file_descriptor_is_left_open():
     run_many([Job("while True: print('x' * 1000)", ())] * 4 + [Job(RIGHT, TESTS)] * 4, workers=2)
     time.sleep(0.1)  # the threads that feed a killed sandbox
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_sandbox_that_is_killed_from_outside_is_tried_again(which, tmp_path):
+    """bubblewrap is two processes, either of which may be hit."""
+    marker = 'mark = "killed from outside"'
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(run_tests, f"{marker}\nimport time\ntime.sleep(1)\n{RIGHT}", TESTS)
+        ours, found = psutil.Process(), []
+        while len(found) < 2:
+            found = [one for one in ours.children(recursive=True) if "bwrap" in one.name()]
+        time.sleep(0.4)  # the harness is ready
+        found[which].kill()
+        assert future.result() == Verdict("passed")
 
 
 def test_a_broken_sandbox_is_retried_once_and_never_scored(monkeypatch):

@@ -233,6 +233,19 @@ def test_verify_names_the_stage_and_the_file_that_is_damaged(project, monkeypatc
     assert "1 stage is damaged: `make verify CONFIG=configs/micro.yaml REBUILD=1`" in told.err
 
 
+def test_an_error_that_a_kernel_can_not_tell_is_one_sentence(project):
+    """As where the memory is short for the traceback, too."""
+    (project / "notebooks").unlink()
+    shutil.copytree(ROOT / "notebooks", project / "notebooks")
+    notebook = project / "notebooks/01_data_curation.ipynb"
+    cells = nbformat.read(notebook, as_version=4)
+    cells.cells.insert(3, nbformat.v4.new_code_cell("get_ipython().InteractiveTB.structured_traceback = None\n1 / 0"))
+    nbformat.write(cells, notebook)
+    told = runner(project, "stage", "--config", "configs/micro.yaml", "--stage", "curation", "--variant", "math")
+    assert told.returncode == 1
+    assert "an error that its kernel could not tell, perhaps for want of memory: run the stage again" in told.stderr
+
+
 def executed(project: Path, *errors: str) -> None:
     """An executed copy of sft/math, as papermill leaves it after an error, or without one after a kill."""
     outputs = [nbformat.v4.new_output("error", ename="RuntimeError", evalue=error, traceback=[]) for error in errors]

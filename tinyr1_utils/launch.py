@@ -72,6 +72,23 @@ def end_with_pool() -> None:
         os._exit(1)
 
 
+def end_with_job(ancestor: int) -> None:
+    """For a process of a job: it ends with its launcher, and when the process that started the job is no longer above.
+
+    The second holds where the launcher has died before this call, or is one of DeepSpeed's two, which outlives the
+    other. 0: there is none, since the launcher is another host's, or Slurm's.
+    """
+
+    def watch() -> None:
+        while ancestor in {process.pid for process in psutil.Process().parents()}:
+            time.sleep(1)
+        os._exit(1)
+
+    die_with_parent()
+    if ancestor:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
 def temporary_folder(place: Path) -> Iterator[Path]:
     """TMPDIR for this process and its children while they work for `place`: a folder that goes with what they leave.

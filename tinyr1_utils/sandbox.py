@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +39,7 @@ STATUSES = (
     "output_limit",
     "sandbox_error",
 )
+ENDED = "ended"  # of one sandbox: its harness was killed, by the program or from outside
 START_LIMIT_S = 30.0  # until the harness is ready; no part of a program's time
 PROCESSES = 10  # threads included; memory_mb holds for each process
 OPEN_FILES = 64
@@ -276,7 +277,7 @@ class _Watch:
             said = self.output[-300:].decode("utf-8", "replace")
             return Verdict("sandbox_error", said or "the harness did not start")
         try:
-            return Verdict("runtime_error", f"ended before its tests were done, exit status {process.wait(0.5)}")
+            return Verdict(ENDED, f"ended before its tests were done, exit status {process.wait(0.5)}")
         except subprocess.TimeoutExpired:
             return Verdict("runtime_error", "closed the result pipe")
 
@@ -373,7 +374,8 @@ def run_tests(
 
     `time_limit_s` is wall-clock time for all of it and `test_limit_s` for each test, and for what runs before the
     first; `memory_mb` is the address space of a process, `output_kb` stdout and stderr together, without the output
-    that a stdin problem asks for. A sandbox that fails is tried once more. Raises SandboxError where it fails again.
+    that a stdin problem asks for. A sandbox that fails or is killed is tried once more. Raises SandboxError where it
+    fails again; one that is killed again, its program has killed, a runtime_error.
     Deterministic but for the limits: string hashes are the same in every run.
 
     `isolation` "none" is for a virtual machine that is thrown away and has no user namespaces. The tests stay out of
@@ -384,8 +386,10 @@ def run_tests(
     limits = _Limits(time_limit_s, test_limit_s, memory_mb, output_kb, isolation)
     for _ in range(2):
         verdict = _run_once(job, limits)
-        if verdict.status != "sandbox_error":
+        if verdict.status not in ("sandbox_error", ENDED):
             return verdict
+    if verdict.status == ENDED:
+        return replace(verdict, status="runtime_error")
     raise SandboxError(f"the sandbox failed twice: {verdict.detail.strip()}")
 
 

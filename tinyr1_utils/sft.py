@@ -235,6 +235,8 @@ def run_job(
         config = AutoConfig.from_pretrained(resolve_backbone(parameters.backbone), trust_remote_code=False)
         check_splittable(config, parameters.sequence_parallel_size)
     arguments = ["--config", str(write_job(parameters, prepared, folder, peak_tokens_per_s))]
+    if parameters.launcher != "srun" and not parameters.hostfile:
+        arguments += ["--started-by", str(os.getpid())]
     environment = {"OMP_NUM_THREADS": str(parameters.threads), "TQDM_DISABLE": "1"}
     launch.run(launch.command(parameters, "tinyr1_utils.sft", arguments), on_line, environment)
     tokenizer, backbone = student_tokenizer(parameters), resolve_backbone(parameters.backbone)
@@ -291,10 +293,11 @@ def main() -> None:
     """The job that a launcher starts. An error's sentence comes last, behind ERROR, for `launch.run` to repeat."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the job.json that notebook 02 wrote")
-    job, code = parser.parse_args().config, 1
-    launch.die_with_parent()  # a worker of torchrun or deepspeed ends with its launcher
+    parser.add_argument("--started-by", type=int, default=0, help="the process without which this job has to end")
+    arguments, code = parser.parse_args(), 1
+    launch.end_with_job(arguments.started_by)
     try:
-        train(json.loads(job.read_text()))
+        train(json.loads(arguments.config.read_text()))
         code = 0
     except Exception as error:
         traceback.print_exc()

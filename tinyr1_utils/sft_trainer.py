@@ -240,6 +240,17 @@ def held_out_losses(trainer, held_out: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def within_max_steps(trainer: type) -> type:
+    """A trainer class that takes no step behind the last one: transformers' takes one when it is resumed there."""
+
+    class Trainer(trainer):
+        def _run_epoch(self, *arguments, **settings):
+            if self.state.global_step < self.state.max_steps:
+                super()._run_epoch(*arguments, **settings)
+
+    return Trainer
+
+
 def make_trainer(
     parameters: SftParameters,
     backbone: Path,
@@ -271,7 +282,7 @@ def make_trainer(
     size, model = parameters.sequence_parallel_size, load_backbone(parameters, backbone)
     if size > 1:
         split_attention(model, size, parameters.per_device_batch_size, "gloo" if on_cpu else "nccl")
-    trainer = trainer_class(size)(
+    trainer = within_max_steps(trainer_class(size))(
         model=model,
         processing_class=tokenizer,
         args=arguments,

@@ -132,6 +132,13 @@ def make_room(label: str, executed: Path) -> None:
         fail(f"{label}: can not write to {executed.parent}: {error.strerror}")
 
 
+def told(error) -> str:
+    """A cell's error (PapermillExecutionError): a kernel that fails while it tells of it leaves neither name nor words."""
+    if error.traceback:
+        return f"{error.ename}: {error.evalue}"
+    return f"an error that its kernel could not tell, perhaps for want of memory: {launch.AFTER_A_KILL}"
+
+
 def execute(parameters: StageParameters) -> Path:
     """Run one stage's notebook headless with these parameters; the executed copy and its page lie in its folder.
 
@@ -175,7 +182,7 @@ def execute(parameters: StageParameters) -> Path:
     except PapermillExecutionError as error:
         fail(
             f"{label} failed in notebook {source.name}, code cell {len(seen)} of {code_cells}:\n"
-            f"  {error.ename}: {error.evalue}\n  executed copy: {named}, as a page: {PAGE}"
+            f"  {told(error)}\n  executed copy: {named}, as a page: {PAGE}"
         )
     except RuntimeError as error:  # nbclient's DeadKernelError, jupyter_client's for one that never answered
         fail(
