@@ -133,7 +133,7 @@ def make_room(label: str, executed: Path) -> None:
 
 
 def told(error) -> str:
-    """A cell's error (PapermillExecutionError): a kernel that fails while it tells of it leaves neither name nor words."""
+    """A cell's error (PapermillExecutionError). A kernel that fails while it tells of it leaves no words."""
     if error.traceback:
         return f"{error.ename}: {error.evalue}"
     return f"an error that its kernel could not tell, perhaps for want of memory: {launch.AFTER_A_KILL}"
