@@ -79,8 +79,14 @@ def end_with_job(ancestor: int) -> None:
     other. 0: there is none, since the launcher is another host's, or Slurm's.
     """
 
+    def above() -> bool:
+        try:
+            return ancestor in {process.pid for process in psutil.Process().parents()}
+        except psutil.NoSuchProcess:  # one has ended while we looked: we look again
+            return True
+
     def watch() -> None:
-        while ancestor in {process.pid for process in psutil.Process().parents()}:
+        while above():
             time.sleep(1)
         os._exit(1)
 
