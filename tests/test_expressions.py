@@ -166,17 +166,29 @@ def test_a_worker_that_hangs_is_killed_and_the_next_answer_is_graded():
     assert time.monotonic() - started < 60
 
 
-def test_a_worker_that_dies_is_no_verdict():
+def test_a_worker_that_was_killed_is_replaced():
     math_workers.same_by_math_verify.cache_clear()
     expressions.same_expression(*EQUAL_ROOTS)
     math_workers.same_by_math_verify.cache_clear()
     for child in math_workers._Child.idle:
         child.process.kill()
         child.process.wait()
-    while math_workers._Child.idle:
-        with pytest.raises(GraderError, match="ended"):
-            expressions.same_expression(*EQUAL_ROOTS)
     assert expressions.same_expression(*EQUAL_ROOTS)
+
+
+def test_a_pair_that_ends_every_worker_gets_no_verdict(monkeypatch):
+    ask, asked = math_workers._Child.ask, []
+
+    def end_first(child, *request):
+        asked.append(child)
+        child.process.kill()
+        child.process.wait()
+        return ask(child, *request)
+
+    monkeypatch.setattr(math_workers._Child, "ask", end_first)
+    with pytest.raises(GraderError, match="ended twice"):
+        expressions.same_expression("x + 5 + y", "y + 5 + x")
+    assert len(set(asked)) == 2
 
 
 def test_threads_do_not_wait_for_each_other_s_worker():

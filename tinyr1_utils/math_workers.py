@@ -141,6 +141,17 @@ def close() -> None:
             child.kill()
 
 
+def _reply(child: _Child, request: dict, timeout_s: float) -> dict:
+    """What a child replies; it is idle then, and ended where it does not."""
+    try:
+        reply = child.ask(request, timeout_s)
+    except BaseException:  # also an interrupt: a late reply would answer the next question
+        child.kill()
+        raise
+    _Child.idle.append(child)
+    return reply
+
+
 @functools.lru_cache(maxsize=4096)
 def same_by_math_verify(answer: str, reference: str, timeout_s: float) -> bool:
     """math-verify's verdict on two short LaTeX texts, from an idle child or a new one; the same pair is asked once.
@@ -149,17 +160,16 @@ def same_by_math_verify(answer: str, reference: str, timeout_s: float) -> bool:
     the answer is wrong, and neither is remembered. May be called from threads: each gets a child of its own.
     """
     pair = f"{answer[:80]!r} against {reference[:80]!r}"
-    child = _Child.take()
+    request = {"answer": answer, "reference": reference}
     try:
-        reply = child.ask({"answer": answer, "reference": reference}, timeout_s)
-    except BaseException as error:  # also an interrupt: a late reply would answer the next question
-        child.kill()
-        if isinstance(error, TimeoutError):
-            raise GraderTimeout(f"math-verify took more than {timeout_s} s on {pair}") from None
-        if isinstance(error, EOFError | BrokenPipeError):
-            raise GraderError(f"math-verify's process ended on {pair}") from None
-        raise
-    _Child.idle.append(child)
+        try:
+            reply = _reply(_Child.take(), request, timeout_s)
+        except (EOFError, BrokenPipeError):  # killed from outside, or by the pair, which ends the next one, too
+            reply = _reply(_Child(), request, timeout_s)
+    except TimeoutError:
+        raise GraderTimeout(f"math-verify took more than {timeout_s} s on {pair}") from None
+    except (EOFError, BrokenPipeError):
+        raise GraderError(f"math-verify's process ended twice on {pair}") from None
     if "error" in reply:
         raise GraderError(f"{reply['error']} on {pair}")
     return reply["same"]
