@@ -305,6 +305,14 @@ def _reason(code: int, said: str, ended_by: int, last: Sequence[str]) -> str:
     return f"{how}{lost}; its last lines:\n" + "\n".join(last)
 
 
+def _command_line(process: psutil.Process) -> str:
+    """Its words; a process that is just becoming another program has none for a moment."""
+    deadline = time.monotonic() + 1.0
+    while not (words := process.cmdline()) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return " ".join(words)
+
+
 def _members(group: int, trackers: bool) -> list[psutil.Process]:
     """Of the processes of a group, this one aside, Python's trackers of what is shared, or all others."""
     found = []
@@ -312,7 +320,7 @@ def _members(group: int, trackers: bool) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             if os.getpgid(process.pid) != group or process.pid == os.getpid():
                 continue
-            tracks = "resource_tracker import" in " ".join(process.cmdline())
+            tracks = "resource_tracker import" in _command_line(process)
             if tracks == trackers and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
