@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,18 +65,26 @@ def this_machine() -> Iterator[dict[str, list[str]]]:
 
 
 @contextlib.contextmanager
-def slurm(folder: Path, hosts: Mapping[str, Sequence[str]]) -> Iterator[None]:
+def slurm(hosts: Mapping[str, Sequence[str]]) -> Iterator[None]:
     """A Slurm whose nodes are `hosts`, names to the command that runs another there, to which its clients belong too.
 
     The controller runs on the first host. Each node has 2 CPUs, 8 GPUs that are empty files, and the memory of this
     machine, less a GiB. Settings lie where programs look for them, as seen on the hosts alone: Snakemake's jobs keep no
     SLURM_CONF.
     """
+    # A short name: a job's socket lies in it, whose path has 107 characters at most.
+    named = tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True)
+    with named as folder, _daemons(Path(folder), hosts):
+        yield
+
+
+@contextlib.contextmanager
+def _daemons(folder: Path, hosts: Mapping[str, Sequence[str]]) -> Iterator[None]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 - 1024
     first, *others = hosts
     address = "" if others else "127.0.0.1"  # several hosts know each other by name
     told = [f"NodeName={h}{address and f' NodeAddr={address}'} CPUs=2 Gres=gpu:8 RealMemory={memory}" for h in hosts]
-    (folder / "state").mkdir(parents=True)
+    (folder / "state").mkdir()
     SETTINGS_FOLDER.mkdir(exist_ok=True)
     for there in hosts.values():
         subprocess.run([*there, "mount", "--bind", folder, SETTINGS_FOLDER], check=True)

@@ -64,10 +64,9 @@ def only_math(section: str, **shared) -> dict:
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory):
+def node():
     """The name of the one node of a running Slurm, and what stands before a command that is to run there."""
-    folder = tmp_path_factory.mktemp("slurm") / "one"
-    with slurm_daemons.this_machine() as machine, slurm_daemons.slurm(folder, machine):
+    with slurm_daemons.this_machine() as machine, slurm_daemons.slurm(machine):
         yield next(iter(machine.items()))
 
 
@@ -238,7 +237,7 @@ def test_a_training_over_two_nodes_has_the_losses_of_one(project, tmp_path):
     finish(*start([], project, one))
     with two_hosts.two_hosts(tmp_path / "hosts") as hosts:
         nodes = {f"node{number}": two_hosts.on_host(hosts, number) for number in (1, 2)}
-        with slurm_daemons.slurm(tmp_path / "slurm", nodes):
+        with slurm_daemons.slurm(nodes):
             # To gloo each host's own name is a loopback address.
             finish(*start([*nodes["node1"], "env", "GLOO_SOCKET_IFNAME=lan0"], project, two, *PROFILE))
             jobs = told(nodes["node1"], "squeue", "--states=all", "--noheader", "--format=%N %k")
