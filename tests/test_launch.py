@@ -107,8 +107,8 @@ def test_a_pools_worker_ends_with_a_killed_process(tmp_path):
     assert gone(worker)
 
 
-def test_a_process_of_a_job_ends_though_its_launcher_had_died_before_it_could_ask(tmp_path):
-    """Its parent is already another one, which does not end."""
+def test_a_process_of_a_job_ends_though_its_launcher_had_died_before_it_could_ask():
+    """Its parent is then another process, which does not end, so that no signal comes."""
     worker = f"from tinyr1_utils import launch; launch.end_with_job({os.getpid()}); import time; time.sleep(600)"
     launcher = f"import subprocess; print(subprocess.Popen([{sys.executable!r}, '-c', {worker!r}]).pid, flush=True)"
     done = subprocess.run([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True, cwd=ROOT)
